@@ -1,0 +1,22 @@
+"""The Callback class of whichever Lightning is in use: `lightning.pytorch` and `pytorch_lightning` both accept ours."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as Base
+    from lightning.pytorch import LightningModule as LightningModule
+    from lightning.pytorch import Trainer as Trainer
+else:
+
+    def _bases() -> tuple[type, ...]:
+        # Importing the second package costs seconds, so only what is loaded already is served besides the first.
+        loaded = [sys.modules[name] for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules]
+        if not loaded:
+            import lightning.pytorch
+
+            loaded = [lightning.pytorch]
+        return tuple(module.Callback for module in loaded)
+
+    Base = type("Base", _bases(), {"__doc__": "Callback of every Lightning package that is loaded."})
+    Trainer = LightningModule = Any

@@ -1,0 +1,330 @@
+"""NTKMonitor: add it to a Lightning Trainer and see the kernel of the network while it trains.
+
+A hook asks when, calls what, hands the result on. Inside `fit` nothing of ours raises: a probe that fails is one warning
+and a recorded skip.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from ntk_monitor.callbacks.lightning_base import Base, LightningModule, Trainer
+from ntk_monitor.callbacks.sink import Sink
+from ntk_monitor.callbacks.trainer_data import drawn, measured_module, returned_loss, training_outputs
+from ntk_monitor.errors import InputError
+from ntk_monitor.harmless import Fingerprint
+from ntk_monitor.losses import candidates
+from ntk_monitor.matching import Matching
+from ntk_monitor.monitor import Measurement, Monitor
+from ntk_monitor.probe import Probe, default_samples, from_batch
+from ntk_monitor.recipe import Recipe
+from ntk_monitor.say import say
+from ntk_monitor.snapshot import Snapshot
+
+# After this many failed probes in a row the cause is not going away.
+_PATIENCE = 3
+
+# A probe larger than this is remembered by its indices in a checkpoint and drawn again, rather than stored in it.
+_CHECKPOINT_BYTES = 8 * 2**20
+
+
+class NTKMonitor(Base):
+    """Periodically computes the empirical neural tangent kernel on a fixed probe and logs what it says.
+
+    `Trainer(callbacks=[NTKMonitor()])` needs no configuration: the probe is drawn from the training set, the loss is
+    found by matching the training loss, the cadence follows from `max_overhead`. Weights, gradients, buffers, flags and
+    random states of the run stay bit for bit what they are without it.
+
+    Args:
+        probe: None: clip(1024 // C, 64, 512) training samples; an int: that many, stratified by class; (inputs,
+            targets); a DataLoader or Dataset to draw from; a Probe.
+        every_n_steps: fixed cadence in optimizer steps; None: as often as `max_overhead` allows. The first and the
+            last step are always probed.
+        max_overhead: share of the wall time the monitor may take when `every_n_steps` is None.
+        outputs: "full", "trace", "sum", "loss" (see `ntk_monitor.empirical_ntk`); "auto": full while N·C ≤ 2048, else
+            loss.
+        loss: name, torch loss or callable (outputs, targets) → scalar; None: matched.
+        forward: callable (module, inputs) → tensor; None: `module(inputs)`, its `.logits`, or its only floating tensor.
+        params: predicate (name, parameter), regular expression or names; None: all with requires_grad.
+        gram_every: store and draw the Gram matrix at every this many probes; 0: never.
+        verify: check at the first probe that nothing of the run changed, and rest with a warning if something did.
+        log_prefix: prefix of every tag; two monitors in one Trainer need different ones.
+        log_dir: where to write the record when there is no TensorBoard logger.
+        engine: "auto", "reference" or "rows".
+        memory_limit: bytes for Jacobian blocks; None: 1 GiB.
+        device: where to measure; None: where the parameters are.
+        seed: of the probe's choice.
+        strict: raise instead of skipping (for debugging; the run dies with the probe).
+
+    Raises:
+        InputError: an option outside its range, or an empty or inconsistent probe. Only here, never inside `fit`.
+    """
+
+    def __init__(
+        self,
+        probe: Any = None,
+        every_n_steps: int | None = None,
+        max_overhead: float = 0.02,
+        outputs: Literal["auto", "full", "trace", "sum", "loss"] = "auto",
+        loss: str | Callable[..., Any] | None = None,
+        forward: Callable[..., Any] | None = None,
+        params: str | Sequence[str] | Callable[..., bool] | None = None,
+        *,
+        gram_every: int = 10,
+        verify: bool = True,
+        log_prefix: str = "ntk",
+        log_dir: str | None = None,
+        engine: Literal["auto", "reference", "rows"] = "auto",
+        memory_limit: int | None = None,
+        device: str | None = None,
+        seed: int = 0,
+        strict: bool = False,
+    ) -> None:
+        super().__init__()
+        self.recipe = Recipe(
+            every_n_steps=every_n_steps,
+            max_overhead=max_overhead,
+            outputs=outputs,
+            loss=loss,
+            forward=forward,
+            params=params,
+            gram_every=gram_every,
+            verify=verify,
+            log_prefix=log_prefix,
+            log_dir=log_dir,
+            engine=engine,
+            memory_limit=memory_limit,
+            device=device,
+            seed=seed,
+            strict=strict,
+        )
+        self._wanted = _checked(probe, seed)
+        self._restored: dict[str, Any] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.monitor: Monitor | None = None
+        self.last: Snapshot | None = None
+        self._sink: Sink | None = None
+        self._matching: Matching | None = None
+        self._seen: Any = None
+        self._pending: list[Measurement] = []
+        self._failures = 0
+        self._resting = ""
+
+    @property
+    def state_key(self) -> str:
+        """Tell two monitors in one Trainer apart by their prefix."""
+        return f"NTKMonitor[{self.recipe.log_prefix}]"
+
+    # Hooks: each one only guards a step below.
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the probe and measure the weights that training starts from."""
+        self._reset()
+        self._guarded(self._start, trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Take the probe from the first batch if need be, and note what the loss of this batch will be made of."""
+        if self.monitor is None or self._matching is not None:
+            self._guarded(self._look_at, trainer, pl_module, batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Record the learning rates that this step uses; schedulers change them right after it."""
+        if self.monitor is not None and not self._resting:
+            self.monitor.steps = trainer.global_step
+            self._guarded(self.monitor.observe)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Probe when an optimizer step was taken and the cadence asks for it."""
+        if self._matching is not None:
+            self._guarded(self._compare, trainer, outputs)
+        if self.monitor is not None and self.monitor.due(trainer.global_step):
+            self._guarded(self._probe, trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the last weights and write what is still waiting."""
+        self._guarded(self._settle)
+        if self.monitor is not None and self.monitor.schedule.last_step != trainer.global_step:
+            self._guarded(self._probe, trainer, pl_module)
+        self._guarded(self._flush)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what was measured before the run broke."""
+        self._guarded(self._settle)
+        self._guarded(self._flush)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on with the same history: the probe, the last step, the loss."""
+        monitor = self.monitor
+        if monitor is None:
+            return {}
+        probe, last_step = monitor.probe, monitor.schedule.last_step
+        state = {"version": 1, "hash": probe.hash, "indices": list(probe.indices), "source": probe.source}
+        state |= {"last_step": last_step, "probes": monitor.probes}
+        if not probe.indices or _bytes(probe) <= _CHECKPOINT_BYTES:
+            state |= {"inputs": probe.inputs, "targets": probe.targets}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of an interrupted run; used at the start of training."""
+        self._restored = dict(state_dict)
+
+    # Steps: each may raise, and is only called through `_guarded`.
+
+    def _guarded(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Run one step; what it raises becomes one warning, and after three in a row the monitor rests."""
+        if self._resting:
+            return
+        try:
+            step(*arguments)
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            self._failures = _PATIENCE
+            self._rest(f"{type(error).__name__}: {error}")
+
+    def _rest(self, reason: str) -> None:
+        if self._failures >= _PATIENCE:
+            self._resting = reason
+            self.monitor = self._matching = None
+            say(f"the monitor rests for the remainder of this run, training goes on: {reason}")
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._sink = Sink(trainer, self.recipe)
+        self._sink.publish({})
+        module = measured_module(pl_module) if self.recipe.forward is None else pl_module
+        probe = self._remembered() or drawn(trainer, module, self._remembered_draw(), self.recipe)
+        if probe is not None:
+            self._begin(trainer, pl_module, probe)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
+        module = measured_module(pl_module) if self.recipe.forward is None else pl_module
+        self.monitor = Monitor(module, list(trainer.optimizers), probe, recipe=self.recipe)
+        self.monitor.schedule.start()
+        if self._restored.get("hash") == probe.hash:
+            self.monitor.schedule.last_step = self._restored["last_step"]
+            self.monitor.probes = self._restored["probes"]
+        elif self._restored:
+            say("the probe of the interrupted run could not be restored: its history and this one are not comparable")
+        if self.recipe.loss is None:
+            self._matching = Matching(candidates(pl_module))
+        if self.monitor.due(trainer.global_step):
+            self._probe(trainer, pl_module)
+
+    def _remembered(self) -> Probe | None:
+        """Return the probe of the run that is being resumed, when its checkpoint holds the samples."""
+        state = self._restored
+        if state.get("inputs") is None:
+            return None
+        return Probe(state["inputs"], state["targets"], state["source"], tuple(state["indices"]))
+
+    def _remembered_draw(self) -> Any:
+        """Return what to draw: as many samples as the interrupted run had, so that the seed finds the same ones."""
+        return len(self._restored["indices"]) if self._restored.get("indices") else self._wanted
+
+    def _look_at(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        if self.monitor is None:
+            wanted = self._wanted if isinstance(self._wanted, int) else default_samples(1)
+            probe = from_batch(batch, wanted, "the first training batch")
+            self._begin(trainer, pl_module, probe)
+        if self.monitor is not None and self._matching is not None:
+            try:
+                self._seen = training_outputs(trainer, self.monitor.model, batch, self.recipe)
+            except Exception as error:
+                self._unmatched(f"{type(error).__name__}: {error}")
+
+    def _compare(self, trainer: Trainer, outputs: Any) -> None:
+        matching, seen = self._matching, self._seen
+        if matching is None or self.monitor is None:
+            return
+        self._seen = None
+        value = returned_loss(trainer, outputs)
+        if seen is None or value is None:
+            self._unmatched("training_step returned no loss" if value is None else "the batch has no tensor of targets")
+            return
+        matching.add(*seen, value)
+        if matching.over:
+            self._settle()
+
+    def _unmatched(self, reason: str) -> None:
+        if self.monitor is not None:
+            self.monitor.loss_status = f"not verified: {reason}; pass loss="
+        self._matching = None
+        self._release()
+
+    def _settle(self) -> None:
+        """Decide which loss it is, from the evidence so far, and finish the probes that waited for it."""
+        if self._matching is not None and self.monitor is not None:
+            self.monitor.loss = self._matching.match
+            self.monitor.loss_status = self._matching.status
+            self._matching = None
+        self._release()
+
+    def _release(self) -> None:
+        waiting, self._pending = self._pending, []
+        for raw in waiting:
+            self._write(self._finished(raw))
+
+    def _finished(self, raw: Measurement) -> Snapshot:
+        assert self.monitor is not None
+        try:
+            return self.monitor.finish(raw)
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            return self.monitor.skipped(raw.step, error, raw.epoch)
+
+    def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        monitor = self.monitor
+        if monitor is None:
+            return
+        step, epoch = trainer.global_step, trainer.current_epoch
+        check = self.recipe.verify and monitor.probes == 0 and not self._pending
+        before = Fingerprint.of(pl_module) if check else None
+        try:
+            raw = monitor.measure(step, epoch)
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            self._settle()  # records must be written in the order of their steps
+            self._write(monitor.skipped(step, error, epoch))
+            self._failures += 1
+            self._rest(f"{self._failures} probes in a row failed, the last with {type(error).__name__}: {error}")
+            return
+        finally:
+            changed = before.changes(Fingerprint.of(pl_module)) if before is not None else []
+            if changed:
+                self._failures = _PATIENCE
+                self._rest(f"a probe would change this run ({', '.join(changed[:3])})")
+        self._failures = 0
+        if self._matching is not None:
+            self._pending.append(raw)  # which loss it is will be known after a few batches
+        elif not self._resting:
+            self._write(self._finished(raw))
+
+    def _write(self, snapshot: Snapshot) -> None:
+        self.last = snapshot
+        if self._sink is not None:
+            self._sink.write(snapshot)
+
+    def _flush(self) -> None:
+        if self._sink is not None:
+            self._sink.flush()
+
+
+def _checked(probe: Any, seed: int) -> Any:
+    """Refuse at once what can never be a probe; keep what needs the Trainer for later."""
+    if isinstance(probe, bool) or (isinstance(probe, int) and probe < 1):
+        raise InputError(f"probe must hold at least 1 sample, got {probe!r}")
+    if probe is None or isinstance(probe, int) or hasattr(probe, "__getitem__") and hasattr(probe, "__len__"):
+        is_pair = isinstance(probe, (tuple, list))
+        return Probe.of(probe, default_samples(1), seed) if is_pair else probe
+    return Probe.of(probe, default_samples(1), seed) if not hasattr(probe, "dataset") else probe
+
+
+def _bytes(probe: Probe) -> int:
+    from ntk_monitor.batch import tensors
+
+    return sum(t.numel() * t.element_size() for t in [*tensors(probe.inputs), *tensors(probe.targets)])

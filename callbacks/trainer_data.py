@@ -1,0 +1,93 @@
+"""What a Lightning Trainer knows about data and loss: the probe's samples, the outputs behind the training loss."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ntk_monitor.batch import moved, size, take
+from ntk_monitor.callbacks.lightning_base import LightningModule, Trainer
+from ntk_monitor.errors import InputError
+from ntk_monitor.guard import random_state, undisturbed
+from ntk_monitor.network import Network
+from ntk_monitor.probe import Probe, default_samples, split
+from ntk_monitor.recipe import Recipe
+
+
+def measured_module(module: LightningModule) -> nn.Module:
+    """Return what to measure: the LightningModule, or its only network when it defines no `forward` of its own.
+
+    Raises:
+        InputError: no `forward` and not exactly one child that holds parameters.
+    """
+    if not type(module).forward.__qualname__.startswith("LightningModule."):
+        return module
+    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    if len(children) != 1:
+        raise InputError(
+            f"{type(module).__name__} has no forward() and {len(children)} networks inside; define forward(), or pass "
+            "forward=callable(module, inputs)"
+        )
+    return children[0]
+
+
+def drawn(trainer: Trainer, module: nn.Module, wanted: Any, recipe: Recipe) -> Probe | None:
+    """Draw the probe from the training data, or return None when only the training batches themselves can tell.
+
+    Args:
+        trainer: in fit, loaders set up.
+        module: what is measured, to learn how many outputs a sample has.
+        wanted: None, a number of samples, or anything that `Probe.of` takes.
+        recipe: seed, forward and selection.
+    """
+    data = wanted
+    if wanted is None or isinstance(wanted, int):
+        data = trainer.train_dataloader
+        if not isinstance(data, DataLoader) or data.batch_sampler is None or not hasattr(data.dataset, "__getitem__"):
+            return None
+    if isinstance(wanted, int):
+        return Probe.of(data, wanted, recipe.seed)
+    if not isinstance(data, DataLoader) and not hasattr(data, "__getitem__"):
+        return Probe.of(data, default_samples(1), recipe.seed)
+    if isinstance(data, (Tensor, tuple, list, Mapping, Probe)):
+        return Probe.of(data, default_samples(1), recipe.seed)
+    first = Probe.of(data, 2, recipe.seed)
+    return Probe.of(data, default_samples(outputs_per_sample(module, first, recipe)), recipe.seed)
+
+
+def outputs_per_sample(module: nn.Module, probe: Probe, recipe: Recipe) -> int:
+    """Return C, by one forward pass of a probe."""
+    with undisturbed(seed=recipe.seed), torch.no_grad():
+        network = Network(module, params=recipe.params, forward=recipe.forward, device=recipe.device)
+        return int(network.outputs(network.prepared(probe.inputs)).shape[1])
+
+
+def training_outputs(
+    trainer: Trainer, module: nn.Module, batch: Any, recipe: Recipe
+) -> tuple[Tensor, Tensor] | None:
+    """Return (outputs, targets) as the coming training step will see them: its mode, its precision, its random numbers.
+
+    None when the batch has no tensor of targets. The random state is put back, so that the step draws the same numbers.
+    """
+    inputs, targets = split(batch)
+    if not isinstance(targets, Tensor):
+        return None
+    with random_state(), torch.no_grad(), trainer.precision_plugin.forward_context():
+        network = Network(module, params=recipe.params, forward=recipe.forward, mode="live")
+        return network.outputs(moved(inputs, network.device)).float(), targets.detach().clone()
+
+
+def returned_loss(trainer: Trainer, outputs: Any) -> float | None:
+    """Return the value of the loss that `training_step` returned, or None when it returned none."""
+    value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return None
+    # Lightning divides the loss by the number of accumulated batches before it hands it to callbacks.
+    return float(value) * trainer.accumulate_grad_batches
+
+
+def rows_of(batch: Any, samples: int) -> Any:
+    """Return the first samples of a training batch."""
+    return take(batch, slice(0, min(samples, size(batch))))

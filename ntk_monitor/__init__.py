@@ -1,0 +1,73 @@
+"""What is my model learning, how fast, and will it get there? Empirical neural tangent kernels while PyTorch trains.
+
+Names are resolved on first use (PEP 562), so that `import ntk_monitor` loads neither torch nor any other heavy package.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ntk_monitor import errors as errors
+    from ntk_monitor.errors import HistoryError as HistoryError
+    from ntk_monitor.errors import InputError as InputError
+    from ntk_monitor.errors import NetworkError as NetworkError
+    from ntk_monitor.errors import NTKMonitorError as NTKMonitorError
+    from ntk_monitor.errors import NumericsError as NumericsError
+    from ntk_monitor.history import History as History
+    from ntk_monitor.history import load_history as load_history
+    from ntk_monitor.kernel import empirical_ntk as empirical_ntk
+    from ntk_monitor.monitor import Monitor as Monitor
+    from ntk_monitor.probe import Probe as Probe
+    from ntk_monitor.recipe import Recipe as Recipe
+    from ntk_monitor.recorder import Recorder as Recorder
+    from ntk_monitor.snapshot import Snapshot as Snapshot
+    from ntk_monitor.spectrum import Spectrum as Spectrum
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "History": "history",
+    "HistoryError": "errors",
+    "InputError": "errors",
+    "Monitor": "monitor",
+    "NTKMonitorError": "errors",
+    "NetworkError": "errors",
+    "NumericsError": "errors",
+    "Probe": "probe",
+    "Recipe": "recipe",
+    "Recorder": "recorder",
+    "Snapshot": "snapshot",
+    "Spectrum": "spectrum",
+    "empirical_ntk": "kernel",
+    "load_history": "history",
+}
+
+__all__ = [
+    "History",
+    "HistoryError",
+    "InputError",
+    "Monitor",
+    "NTKMonitorError",
+    "NetworkError",
+    "NumericsError",
+    "Probe",
+    "Recipe",
+    "Recorder",
+    "Snapshot",
+    "Spectrum",
+    "empirical_ntk",
+    "load_history",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ntk_monitor' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ntk_monitor.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,109 @@
+"""Batches: a tensor, or tuples, lists, dicts and dataclasses of tensors whose leading axis counts samples (N)."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ntk_monitor.errors import InputError
+
+Batch: TypeAlias = Any
+"""A tensor or a nest of them. Leaves that are no tensors, and 0-dimensional tensors, belong to every sample alike."""
+
+
+def mapped(batch: Batch, change: Callable[[Tensor], Any]) -> Any:
+    """Return the same nest with `change` applied to every tensor. Mappings become plain dicts."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: mapped(value, change) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(mapped(value, change) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(mapped(value, change) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        changes = {f.name: mapped(getattr(batch, f.name), change) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **changes)
+    return batch
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    """Return every tensor of the nest, in order."""
+    found: list[Tensor] = []
+    mapped(batch, found.append)
+    return found
+
+
+def size(batch: Batch) -> int:
+    """Return N, the length of the leading axis that all tensors share.
+
+    Raises:
+        InputError: no tensor with a leading axis, an empty batch, or tensors that disagree.
+    """
+    lengths = [int(t.shape[0]) for t in tensors(batch) if t.dim() > 0]
+    if not lengths:
+        raise InputError(f"a batch must hold at least one tensor with a leading sample axis, got {type(batch).__name__}")
+    if len(set(lengths)) > 1:
+        raise InputError(f"all tensors of a batch must share their leading (sample) axis, got lengths {lengths}")
+    if lengths[0] == 0:
+        raise InputError("a batch must hold at least one sample, got 0; pass a non-empty probe")
+    return lengths[0]
+
+
+def take(batch: Batch, rows: slice | Tensor | Sequence[int]) -> Batch:
+    """Return the chosen samples; a slice gives views, an index tensor or list gives copies."""
+    return mapped(batch, lambda t: t[rows] if t.dim() > 0 else t)
+
+
+def moved(batch: Batch, device: torch.device, promote: torch.dtype | None = None) -> Batch:
+    """Return the batch on `device`, floating tensors cast to `promote` when it is given.
+
+    Raises:
+        InputError: a tensor on the meta device, which holds no data to move.
+    """
+
+    def move(t: Tensor) -> Tensor:
+        if t.is_meta and device.type != "meta":
+            raise InputError("a probe must hold data, got a tensor on the meta device; pass a materialised tensor")
+        return t.to(device, promote) if promote is not None and t.is_floating_point() else t.to(device)
+
+    return mapped(batch, move)
+
+
+def owned(batch: Batch) -> Batch:
+    """Return a detached copy that shares no memory with the batch and is no inference-mode tensor."""
+    with torch.inference_mode(False):
+        return mapped(batch, lambda t: t.detach().clone())
+
+
+def digest(*batches: Batch) -> str:
+    """Return a short hash of the contents, dtypes and shapes of every tensor; equal batches hash alike."""
+    state = hashlib.sha256()
+    for batch in batches:
+        for t in tensors(batch):
+            plain = t.detach().cpu().contiguous()
+            state.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            state.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flat:
+    """A batch taken apart: the tensors that carry samples, and how to put a nest of the same shape together again."""
+
+    leaves: tuple[Tensor, ...]
+    rebuild: Callable[[Sequence[Tensor]], Batch]
+
+    @staticmethod
+    def of(batch: Batch) -> "Flat":
+        """Take a batch apart."""
+        leaves = tuple(t for t in tensors(batch) if t.dim() > 0)
+
+        def rebuild(values: Sequence[Tensor]) -> Batch:
+            remaining = iter(values)
+            return mapped(batch, lambda t: next(remaining) if t.dim() > 0 else t)
+
+        return Flat(leaves, rebuild)

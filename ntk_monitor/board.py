@@ -1,0 +1,47 @@
+"""What stock TensorBoard shows of a Snapshot: its scalars, a histogram of the spectrum, the Gram matrix."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from ntk_monitor.figures import gram
+from ntk_monitor.metrics import SCALARS
+from ntk_monitor.render import png
+from ntk_monitor.snapshot import Snapshot
+from ntk_monitor.stock import histogram_value, image_value, scalar_value
+
+# Wider than 350 pixels, TensorBoard's image card gets a scroll bar.
+_WIDTH, _HEIGHT = 350, 320
+
+
+def scalars(snapshot: Snapshot, prefix: str = "ntk") -> Iterator[Summary.Value]:
+    """Yield the scalars of a probe, each with its meaning and unit."""
+    for scalar in SCALARS:
+        if scalar.name in snapshot.metrics:
+            yield scalar_value(
+                f"{prefix}/{scalar.name}",
+                snapshot.metrics[scalar.name],
+                description=f"{scalar.meaning}; unit: {scalar.unit}",
+            )
+
+
+def pictures(snapshot: Snapshot, prefix: str = "ntk") -> Iterator[Summary.Value]:
+    """Yield a histogram of log10 of the resolved eigenvalues and, where the snapshot holds one, the Gram image."""
+    resolved = snapshot.eigenvalues[snapshot.eigenvalues > max(snapshot.noise_floor, 0.0)]
+    if resolved.size:
+        yield histogram_value(
+            f"{prefix}/log10_eigenvalues",
+            np.log10(resolved),
+            description=f"log10 of the {resolved.size} eigenvalues above the noise floor, {snapshot.kernel} kernel, "
+            "unnormalised K = J Jᵀ",
+        )
+    if snapshot.gram.size:
+        picture = png(gram(snapshot), width=_WIDTH, height=_HEIGHT)
+        yield image_value(
+            f"{prefix}/gram",
+            picture,
+            _WIDTH,
+            _HEIGHT,
+            description="Kernel between probe samples, mean over outputs, samples sorted by class",
+        )

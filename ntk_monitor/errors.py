@@ -1,0 +1,33 @@
+"""What ntk_monitor raises. Every message says what was wanted, what was got and what to do.
+
+NTKMonitorError
+├── InputError      a batch, probe, target or option that cannot be used
+├── NetworkError    a module whose parameters or outputs cannot be followed exactly
+├── NumericsError   a kernel that is not finite, so that no spectrum exists
+└── HistoryError    event files that hold no readable history
+    └── DamagedRecordError    one record that holds other bytes than were written
+"""
+
+
+class NTKMonitorError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class InputError(NTKMonitorError, ValueError):
+    """A batch, probe, target or option cannot be used as given."""
+
+
+class NetworkError(NTKMonitorError):
+    """A module's parameters or outputs cannot be followed exactly."""
+
+
+class NumericsError(NTKMonitorError, ArithmeticError):
+    """A kernel holds NaN or infinity, so that no spectrum exists."""
+
+
+class HistoryError(NTKMonitorError):
+    """Event files are missing or hold no readable history."""
+
+
+class DamagedRecordError(HistoryError):
+    """One record of an event file holds other bytes than were written."""

@@ -1,0 +1,315 @@
+"""Monitor: module + optimizer + probe → Snapshot. Framework-free; the one recipe behind callback, loop and command line.
+
+`measure` does what needs the network (kernel, outputs), `finish` what needs only numbers (modes, metrics): the loss may
+become known in between.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ntk_monitor.errors import InputError, NTKMonitorError
+from ntk_monitor.guard import undisturbed
+from ntk_monitor.kernel import Kernel, measured
+from ntk_monitor.losses import Loss, Terms, recognised
+from ntk_monitor.modes import Modes
+from ntk_monitor.network import Network
+from ntk_monitor.probe import Probe, default_samples
+from ntk_monitor.recipe import Recipe
+from ntk_monitor.say import say
+from ntk_monitor.schedule import LearningRates, Schedule
+from ntk_monitor.similarity import alignment, kernel_change
+from ntk_monitor.snapshot import Snapshot, shown_order
+from ntk_monitor.spectrum import Spectrum
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What only the network could tell at one step; everything else follows from it."""
+
+    step: int
+    epoch: int | None
+    wall_time: float
+    layout: str
+    kernel: Kernel
+    values: Array
+    """Square float64 matrix, (N·C, N·C) for the full layout, (N, N) otherwise."""
+    spectrum: Spectrum
+    predictions: Tensor
+    """Outputs (N, C) on the probe, float64 on the CPU."""
+    seconds: dict[str, float]
+
+
+class Monitor:
+    """Measures the kernel of a network on a fixed probe, step after step.
+
+    Args:
+        model: the live module; it is only read.
+        optimizer: one optimizer or several, whose learning rates are recorded; None: none are.
+        probe: a Probe, (inputs, targets), a Dataset or a DataLoader over one.
+        loss: name, torch loss or callable; None: no modes.
+        recipe: every other option; or give them by keyword.
+
+    Raises:
+        InputError: an empty or unusable probe, or an option outside its range.
+        NetworkError: no trainable parameter, or a module that cannot be followed (found at the first snapshot).
+
+    Example:
+        >>> import torch, ntk_monitor as ntk
+        >>> model, x, y = torch.nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = ntk.Monitor(model, optimizer, (x, y), "mse")
+        >>> monitor.snapshot(0).rank
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        probe: Any,
+        loss: Any = None,
+        *,
+        recipe: Recipe | None = None,
+        **options: Any,
+    ) -> None:
+        if recipe is not None and options:
+            raise InputError(f"give options in the recipe or by keyword, not both; got {sorted(options)}")
+        self.recipe = recipe or Recipe(loss=loss, **options)
+        self.model = model
+        self.optimizers = _listed(optimizer)
+        self.probe = Probe.of(probe, default_samples(1), self.recipe.seed)
+        given = loss if loss is not None else self.recipe.loss
+        self.loss: Loss | None = None if given is None else recognised(given)
+        self.loss_status = "given" if self.loss else "not given: pass loss= for residual modes"
+        self.schedule = Schedule(self.recipe.every_n_steps, self.recipe.max_overhead)
+        self.learning_rates = LearningRates()
+        self.steps = 0
+        self.probes = 0
+        self._previous: tuple[int, Array, Modes | None] | None = None
+
+    def observe(self) -> None:
+        """Record the learning rates in force; call after each `optimizer.step()`, before the scheduler's."""
+        self.schedule.start()
+        self.learning_rates.record(self.steps, tuple(_rates(self.optimizers)))
+        self.steps += 1
+
+    def due(self, step: int | None = None) -> bool:
+        """True when the cadence asks for a probe after so many optimizer steps (default: those observed)."""
+        return self.schedule.due(self.steps if step is None else step)
+
+    def snapshot(self, step: int | None = None, epoch: int | None = None) -> Snapshot:
+        """Measure now. A probe that fails becomes a skipped Snapshot with the reason, unless the recipe is strict."""
+        step = self.steps if step is None else step
+        self.schedule.start()
+        try:
+            return self.finish(self.measure(step, epoch))
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            return self.skipped(step, error, epoch)
+
+    def measure(self, step: int, epoch: int | None = None) -> Measurement:
+        """Compute kernel, spectrum and outputs of the present weights.
+
+        Raises:
+            InputError, NetworkError, NumericsError: as `empirical_ntk` and `Spectrum.of`; whatever the model raises.
+        """
+        start = time.perf_counter()
+        recipe, probe = self.recipe, self.probe
+        predictions = self._predictions()
+        layout = recipe.layout(*predictions.shape)
+        if layout == "loss" and self.loss is None:
+            raise InputError(
+                f"{probe.samples} samples × {predictions.shape[1]} outputs need the kernel of the losses, and the loss "
+                'is not known; pass loss=, or outputs="trace" for the large kernel'
+            )
+        kernel = measured(
+            self.model,
+            probe.inputs,
+            outputs=layout,
+            params=recipe.params,
+            forward=recipe.forward,
+            engine=recipe.engine,
+            memory_limit=recipe.memory_limit,
+            targets=self._device_targets() if layout == "loss" else None,
+            loss=self.loss if layout == "loss" else None,
+            device=recipe.device,
+            seed=recipe.seed,
+        )
+        computed = time.perf_counter()
+        values = _square(kernel.values)
+        spectrum = Spectrum.of(values, vectors=False, jacobian_eps=torch.finfo(kernel.jacobian_dtype).eps)
+        solved = time.perf_counter()
+        seconds = {"kernel": computed - start, "spectrum": solved - computed}
+        self.schedule.done(step, solved - start)
+        return Measurement(step, epoch, time.time(), layout, kernel, values, spectrum, predictions, seconds)
+
+    def finish(self, raw: Measurement) -> Snapshot:
+        """Turn a measurement into the record: modes in the known loss, metrics, cost. Updates the previous probe."""
+        start = time.perf_counter()
+        terms, reason = self._terms(raw)
+        modes = None if terms is None else Modes.of(raw.values, terms, jacobian_eps=_eps(raw))
+        previous = self._previous
+        carried, previous_step = np.empty(0), None
+        if modes is not None and terms is not None and previous is not None and previous[2] is not None:
+            carried, previous_step = previous[2].carried(terms.gradient), previous[0]
+        labels = self.probe.labels
+        means = _mean_over_outputs(raw.values, self.probe.samples)
+        metrics = self._metrics(raw, means)
+        with_gram = self.recipe.gram_every and self.probes % self.recipe.gram_every == 0
+        order = shown_order(labels, self.probe.samples)
+        lr_steps, lr_values = self.learning_rates.taken()
+        self._previous = (raw.step, raw.values, modes)
+        self.probes += 1
+        seconds = {**raw.seconds, "modes": time.perf_counter() - start}
+        self.schedule.pay(seconds["modes"])
+        if raw.step > 0:
+            metrics["overhead"] = self.schedule.overhead
+        return Snapshot(
+            step=raw.step,
+            epoch=raw.epoch,
+            wall_time=raw.wall_time,
+            kernel=raw.layout,
+            engine=raw.kernel.engine,
+            engine_reason=raw.kernel.reason,
+            precision=f"{str(raw.kernel.jacobian_dtype).removeprefix('torch.')} Jacobian, float64 Gram",
+            samples=self.probe.samples,
+            outputs=raw.predictions.shape[1],
+            parameters=raw.kernel.parameters,
+            probe=self.probe.hash,
+            probe_source=self.probe.source,
+            noise_floor=raw.spectrum.noise_floor,
+            rank=raw.spectrum.rank,
+            condition_number=raw.spectrum.condition_number,
+            condition_is_lower_bound=raw.spectrum.condition_is_lower_bound,
+            negative=raw.spectrum.negative,
+            loss=self.loss.name if self.loss else "",
+            loss_status=self.loss_status,
+            loss_value=terms.value if terms is not None else self._loss_value(raw),
+            modes_reason=reason,
+            rates_floor=modes.floor if modes else float("nan"),
+            previous_step=previous_step,
+            metrics={name: value for name, value in metrics.items() if np.isfinite(value)},
+            seconds=seconds,
+            eigenvalues=raw.spectrum.eigenvalues,
+            rates=modes.rates if modes else np.empty(0),
+            coordinates=modes.coordinates if modes else np.empty(0),
+            carried=carried,
+            predictions=raw.predictions.numpy(),
+            labels=np.empty(0) if labels is None else labels.astype(np.float64),
+            lr_steps=np.asarray(lr_steps, dtype=np.float64),
+            lr_values=np.asarray(lr_values, dtype=np.float64),
+            gram=means[np.ix_(order, order)] if with_gram else np.empty(0),
+        )
+
+    def skipped(self, step: int, error: BaseException | str, epoch: int | None = None) -> Snapshot:
+        """Return the record of a probe that failed, and say so once."""
+        reason = error if isinstance(error, str) else _sentence(error)
+        say(f"probe at step {step} skipped: {reason}")
+        self.schedule.done(step, self.schedule.cost)
+        return Snapshot(
+            step=step,
+            epoch=epoch,
+            wall_time=time.time(),
+            status="skipped",
+            reason=reason,
+            samples=self.probe.samples,
+            probe=self.probe.hash,
+            probe_source=self.probe.source,
+        )
+
+    def _predictions(self) -> Tensor:
+        with undisturbed(seed=self.recipe.seed):
+            network = Network(
+                self.model, params=self.recipe.params, forward=self.recipe.forward, device=self.recipe.device
+            )
+            with torch.no_grad():
+                return network.outputs(network.prepared(self.probe.inputs)).double().cpu()
+
+    def _device_targets(self) -> Any:
+        return self.probe.targets
+
+    def _terms(self, raw: Measurement) -> tuple[Terms | None, str]:
+        """Return the loss terms on the probe, or None and the reason why there are no modes."""
+        if raw.layout != "full" and raw.predictions.shape[1] > 1:
+            return None, f"modes need the full kernel; this one is the {raw.layout} kernel"
+        if self.loss is None:
+            return None, f"loss {self.loss_status}"
+        if not isinstance(self.probe.targets, Tensor):
+            return None, "the probe has no targets"
+        try:
+            terms = self.loss.terms(raw.predictions, self.probe.targets)
+        except NTKMonitorError as error:
+            return None, str(error)
+        return (terms, "") if np.isfinite(terms.gradient).all() else (None, "the loss gradient is not finite")
+
+    def _loss_value(self, raw: Measurement) -> float:
+        if self.loss is None or not isinstance(self.probe.targets, Tensor):
+            return float("nan")
+        return self.loss.value(raw.predictions, self.probe.targets.cpu())
+
+    def _metrics(self, raw: Measurement, means: Array) -> dict[str, float]:
+        spectrum = raw.spectrum
+        with np.errstate(divide="ignore", invalid="ignore"):
+            metrics = {
+                "trace": spectrum.trace,
+                "condition_log10": float(np.log10(spectrum.condition_number)),
+                "effective_rank": spectrum.effective_rank,
+            }
+        if raw.layout != "loss" and isinstance(self.probe.targets, Tensor):
+            targets = _target_features(self.probe)
+            if targets is not None:
+                metrics["alignment"] = alignment(means, targets)
+        if self._previous is not None and self._previous[1].shape == raw.values.shape:
+            metrics["kernel_change"] = kernel_change(self._previous[1], raw.values)
+        return metrics
+
+
+def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
+def _rates(optimizers: Sequence[Optimizer]) -> list[float]:
+    return [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
+
+
+def _eps(raw: Measurement) -> float:
+    return float(torch.finfo(raw.kernel.jacobian_dtype).eps)
+
+
+def _square(kernel: Tensor) -> Array:
+    values: Array = kernel.cpu().numpy()
+    return values.reshape(values.shape[0] * values.shape[1], -1) if values.ndim == 4 else values
+
+
+def _mean_over_outputs(values: Array, samples: int) -> Array:
+    """Return the (N, N) kernel averaged over outputs, whatever layout it came in."""
+    outputs = len(values) // samples
+    return np.einsum("ncmc->nm", values.reshape(samples, outputs, samples, outputs)) / outputs
+
+
+def _target_features(probe: Probe) -> Array | None:
+    labels = probe.labels
+    if labels is not None:
+        return np.asarray(labels[:, None] == np.unique(labels), dtype=np.float64)
+    if not isinstance(probe.targets, Tensor) or probe.targets.is_complex():
+        return None
+    return np.asarray(probe.targets.detach().cpu().double().reshape(probe.samples, -1).numpy())
+
+
+def _sentence(error: BaseException) -> str:
+    """Return the first line of an error; ours speak for themselves, others with their type."""
+    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no message"
+    return first if isinstance(error, NTKMonitorError) else f"{type(error).__name__}: {first}"

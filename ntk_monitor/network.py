@@ -1,0 +1,310 @@
+"""Network: a read-only functional view of a live module, from a batch of inputs to outputs of shape (N, C).
+
+N samples, C outputs per sample (everything behind the leading axis, flattened), P selected parameters. A Network is
+made anew for each probe: it sees the weights of that moment and holds nothing afterwards.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ntk_monitor.batch import Batch, moved, size
+from ntk_monitor.errors import InputError, NetworkError
+from ntk_monitor.shadow import Shadow, unwrapped
+
+Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+Selection: TypeAlias = Callable[[str, nn.Parameter], bool] | str | Sequence[str]
+Mode: TypeAlias = Literal["eval", "train", "live"]
+
+
+class Network:
+    """A read-only view of `module`: selected parameters, evaluation policy, output function.
+
+    The live module is never run and never changed (see `ntk_monitor.shadow`).
+
+    Args:
+        module: any eager `nn.Module`.
+        params: which trainable parameters enter the kernel: a predicate (name, parameter), a regular expression that
+            must match somewhere in the name, or names; None: all with `requires_grad`. Shared parameters count once.
+        forward: callable (module, inputs) → tensor; None: `module(inputs)` (tuples are spread over positional
+            arguments, dicts over keywords), then `.logits` or the only floating tensor of the output.
+        mode: "eval": every module in evaluation mode. "train": training mode (flags as they are if the module is
+            training, so that layers frozen in eval stay frozen) with dropout off: batch-coupled under BatchNorm.
+            "live": exactly as the module is now, dropout and precision included.
+        device: where to measure; None: where the parameters are.
+
+    Raises:
+        NetworkError: no trainable parameter selected, several devices, or a module that cannot be followed.
+        InputError: `params` names a parameter that does not exist.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        params: Selection | None = None,
+        forward: Forward | None = None,
+        mode: Mode = "eval",
+        device: torch.device | str | None = None,
+    ) -> None:
+        live = unwrapped(module)
+        if not isinstance(live, nn.Module):
+            raise NetworkError(f"wanted a torch.nn.Module, got {type(live).__name__}")
+        if mode not in ("eval", "train", "live"):
+            raise InputError(f'mode must be "eval" or "train", got {mode!r}')
+        self._forward = forward or call
+        self._mode: Mode = mode
+        self.promoted = mode != "live" and _low_precision(live)
+        promote = torch.float32 if self.promoted else None
+        # Embedding(max_norm=...) rewrites its weight in forward: only a copy may be rewritten.
+        rewrites = any(getattr(m, "max_norm", None) is not None for m in live.modules())
+        self._shadow = Shadow(live, promote=promote, detached=rewrites)
+        self._module = self._shadow.module
+        _set_training(self._module, live, mode)
+        self.parameters = self._selected(live, params)
+        devices = {p.device for p in self.parameters.values()}
+        if len(devices) > 1:
+            raise NetworkError(f"all selected parameters must be on one device, got {sorted(map(str, devices))}")
+        self.device = devices.pop()
+        if device is not None and torch.device(device) != self.device:
+            self._module.to(device)
+            self.device = next(iter(self.parameters.values())).device
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._module.modules())
+        self._live = {id(p) for p in live.parameters()}
+        self._slots = {name: list(_slots(self._module, p)) for name, p in self.parameters.items()}
+
+    def _selected(self, live: nn.Module, params: Selection | None) -> dict[str, Tensor]:
+        trainable = {name: p for name, p in live.named_parameters() if p.requires_grad}
+        chosen = [name for name in trainable if _wanted(params, name, trainable[name])]
+        if params is not None and not callable(params) and not isinstance(params, str):
+            unknown = sorted(set(params) - set(dict(live.named_parameters(remove_duplicate=False))))
+            if unknown:
+                raise InputError(f"params names unknown parameters {unknown}; known are {sorted(trainable)[:20]}")
+        if not chosen:
+            raise NetworkError(
+                f"{type(live).__name__} has no trainable parameter to measure "
+                f"({sum(1 for _ in live.parameters())} in all, {len(trainable)} with requires_grad); "
+                "unfreeze some or widen params"
+            )
+        parameters = {name: self._shadow.of(trainable[name]) for name in chosen}
+        for parameter in self._module.parameters():
+            parameter.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        return parameters
+
+    @property
+    def parameter_count(self) -> int:
+        """P, the number of scalars in the selected parameters."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest floating dtype among the selected parameters, hence of the Jacobian."""
+        dtypes = [p.dtype for p in self.parameters.values()]
+        widest = dtypes[0]
+        for other in dtypes[1:]:
+            widest = torch.promote_types(widest, other)
+        return widest
+
+    def prepared(self, inputs: Batch) -> Batch:
+        """Return the inputs on the network's device, in float32 at least where the network was promoted to it."""
+        return moved(inputs, self.device, torch.float32 if self.promoted else None)
+
+    def outputs(self, inputs: Batch) -> Tensor:
+        """Return the outputs (N, C) of one pass over the whole batch, differentiable in `parameters`.
+
+        Raises:
+            InputError: no usable tensor comes out, or its leading axis is not N.
+            NetworkError: the output depends on live parameters that the shadow could not redirect.
+        """
+        flat = self._run(inputs)
+        for leaf in _leaves(flat):
+            if id(leaf) in self._live:
+                raise NetworkError(
+                    f"{type(self._module).__name__} reaches a parameter of shape {tuple(leaf.shape)} through an object "
+                    "that is no module (a helper, a partial or a global); register it as a submodule"
+                )
+        return flat
+
+    def function(self, parameters: Mapping[str, Tensor], inputs: Batch) -> Tensor:
+        """Return the outputs (N, C) as a pure function of the parameters, for `torch.func` transforms."""
+        values = [(slot, parameters[name]) for name, slots in self._slots.items() for slot in slots]
+        with _Swap(values):
+            return self._run(inputs)
+
+    def _run(self, inputs: Batch) -> Tensor:
+        with contextlib.ExitStack() as stack:
+            if self._mode == "train":
+                stack.enter_context(_NoDropout())
+            if self._recurrent and self.device.type == "cuda":
+                # cuDNN has no backward for recurrent layers in evaluation mode.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            output = only_tensor(self._forward(self._module, inputs))
+        samples = size(inputs)
+        if output.dim() == 0 or output.shape[0] != samples:
+            raise InputError(
+                f"the output must have one row per sample (N = {samples}), got shape {tuple(output.shape)}; "
+                "pass forward=callable(module, inputs) that returns one"
+            )
+        return output.reshape(samples, -1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Slot:
+    """One place where a parameter hangs: a key of a module's parameters, or an index of a list attribute."""
+
+    holder: Any
+    key: Any
+
+
+class _Swap:
+    """Put other tensors into parameter slots, each slot once, and put the shadow's own back afterwards."""
+
+    def __init__(self, values: list[tuple[_Slot, Tensor]]) -> None:
+        self._values = values
+        self._before: list[tuple[_Slot, Tensor]] = []
+
+    def __enter__(self) -> None:
+        for slot, value in self._values:
+            self._before.append((slot, slot.holder[slot.key]))
+            slot.holder[slot.key] = value
+
+    def __exit__(self, *_: object) -> None:
+        for slot, value in reversed(self._before):
+            slot.holder[slot.key] = value
+
+
+class _NoDropout(TorchFunctionMode):
+    """Switch functional dropout off in training mode; dropout modules are in evaluation mode already."""
+
+    _DROPOUTS = frozenset(
+        getattr(nn.functional, name)
+        for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in self._DROPOUTS:
+            return args[0] if args else options["input"]
+        if func is nn.functional.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            options = {**options, "dropout_p": 0.0} if len(args) <= 4 else options
+        if func is nn.functional.multi_head_attention_forward:
+            # dropout_p is the eleventh argument of this function; nn.MultiheadAttention passes it by position.
+            args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
+        return func(*args, **options)
+
+
+def call(module: nn.Module, inputs: Batch) -> Any:
+    """Call the module as its users do: dicts over keywords, tuples over positions, tensors alone.
+
+    A dict of one entry whose name `forward` does not know is passed by position.
+    """
+    if isinstance(inputs, Mapping):
+        if len(inputs) == 1 and not _knows(module, next(iter(inputs))):
+            return module(next(iter(inputs.values())))
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, (tuple, list)) else module(inputs)
+
+
+def _knows(module: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _wanted(params: Selection | None, name: str, parameter: nn.Parameter) -> bool:
+    if params is None:
+        return True
+    if callable(params):
+        return bool(params(name, parameter))
+    return re.search(params, name) is not None if isinstance(params, str) else name in params
+
+
+def _low_precision(module: nn.Module) -> bool:
+    """True when parameters are kept in half precision: their Jacobian would have three digits."""
+    return any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
+
+
+def _set_training(module: nn.Module, live: nn.Module, mode: Mode) -> None:
+    # Only `training` flags are set, by hand: a user's `train()` may do more (frozen BatchNorm layers override it).
+    if mode == "live":
+        return
+    for child in module.modules():
+        if mode == "eval":
+            child.training = False
+        elif not live.training:
+            child.training = True
+        if isinstance(child, nn.modules.dropout._DropoutNd):
+            child.training = False
+
+
+def _slots(module: nn.Module, parameter: Tensor) -> Iterator[_Slot]:
+    for child in module.modules():
+        for name, value in child._parameters.items():
+            if value is parameter:
+                yield _Slot(child._parameters, name)
+        # Recurrent layers keep their weights in a list as well.
+        for values in (v for v in vars(child).values() if type(v) is list):
+            for i, value in enumerate(values):
+                if value is parameter:
+                    yield _Slot(values, i)
+
+
+def only_tensor(raw: Any) -> Tensor:
+    """Return the tensor to differentiate: the output itself, its `.logits`, or the only floating tensor in it."""
+    named = _named_tensors(raw)
+    logits = raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", None)
+    if isinstance(raw, Tensor):
+        chosen = raw
+    elif isinstance(logits, Tensor):
+        chosen = logits
+    elif len(named) == 1:
+        chosen = next(iter(named.values()))
+    else:
+        found = f"several floating tensors {sorted(named)}" if named else f"no floating tensor in {type(raw).__name__}"
+        raise InputError(f"the output must be one floating tensor, got {found}; pass forward=callable(module, inputs)")
+    if not chosen.is_floating_point():
+        raise InputError(
+            f"the output must be real and floating, got {chosen.dtype}; pass forward=callable(module, inputs)"
+        )
+    return chosen
+
+
+def _named_tensors(raw: Any, prefix: str = "") -> dict[str, Tensor]:
+    if isinstance(raw, Tensor):
+        return {prefix or "output": raw} if raw.is_floating_point() else {}
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(raw, Mapping):
+        items = raw.items()
+    elif isinstance(raw, (tuple, list)):
+        items = enumerate(raw)
+    elif dataclasses.is_dataclass(raw):
+        items = vars(raw).items()
+    found: dict[str, Tensor] = {}
+    for key, value in items:
+        found |= _named_tensors(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _leaves(output: Tensor) -> Iterator[Tensor]:
+    """Yield every leaf tensor that gradients of the output would reach."""
+    stack, seen = [output.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            yield variable
+        stack.extend(parent for parent, _ in node.next_functions)

@@ -1,0 +1,78 @@
+"""Recipe: every option of a monitor, once. The callback, the plain loop and the command line share it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from ntk_monitor.errors import InputError
+
+Outputs: TypeAlias = Literal["auto", "full", "trace", "sum", "loss"]
+
+FULL_KERNEL_ROWS = 2048
+"""outputs="auto" stores the full kernel up to this many rows N·C; its eigensolve then takes seconds at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How to measure, how often, and where to write.
+
+    Attributes:
+        every_n_steps: cadence in optimizer steps; None: as often as `max_overhead` allows.
+        max_overhead: share of wall time the monitor may take when `every_n_steps` is None.
+        outputs: kernel layout (see `empirical_ntk`); "auto": the full kernel while N·C ≤ 2048, else the kernel of the
+            per-sample losses.
+        loss: name, torch loss or callable (outputs, targets) → scalar; None: found by matching the training loss.
+        forward: callable (module, inputs) → tensor; None: `module(inputs)`, its `.logits`, or its only floating tensor.
+        params: predicate (name, parameter), regular expression or names; None: all with requires_grad.
+        engine: see `empirical_ntk`.
+        memory_limit: bytes for Jacobian blocks; None: 1 GiB.
+        gram_every: store and draw the Gram matrix at every this many probes; 0: never.
+        verify: prove on the first probe that parameters, buffers, gradients, flags and random states are untouched.
+        log_prefix: prefix of every tag.
+        log_dir: where to write events; None: into the TensorBoard logger's own file, else the Trainer's log directory.
+        device: where to measure; None: where the parameters are.
+        seed: of the probe's choice and of random numbers drawn inside the network.
+        strict: raise instead of skipping a probe that fails.
+
+    Raises:
+        InputError: an option outside its range.
+    """
+
+    every_n_steps: int | None = None
+    max_overhead: float = 0.02
+    outputs: Outputs = "auto"
+    loss: Any = None
+    forward: Any = None
+    params: Any = None
+    engine: Literal["auto", "reference", "rows"] = "auto"
+    memory_limit: int | None = None
+    gram_every: int = 10
+    verify: bool = True
+    log_prefix: str = "ntk"
+    log_dir: str | None = None
+    device: str | None = None
+    seed: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None and not self.every_n_steps >= 1:
+            raise InputError(f"every_n_steps must be at least 1 or None, got {self.every_n_steps!r}")
+        if not 0 < self.max_overhead <= 1:
+            raise InputError(f"max_overhead must be a fraction in (0, 1], got {self.max_overhead!r}")
+        if self.outputs not in ("auto", "full", "trace", "sum", "loss"):
+            raise InputError(f"outputs must be auto, full, trace, sum or loss, got {self.outputs!r}")
+        if self.engine not in ("auto", "reference", "rows"):
+            raise InputError(f"engine must be auto, reference or rows, got {self.engine!r}")
+        if self.memory_limit is not None and not self.memory_limit > 0:
+            raise InputError(f"memory_limit must be positive bytes or None, got {self.memory_limit!r}")
+        if self.gram_every < 0:
+            raise InputError(f"gram_every must be 0 (never) or positive, got {self.gram_every!r}")
+        if self.forward is not None and not callable(self.forward):
+            raise InputError(f"forward must be callable(module, inputs), got {type(self.forward).__name__}")
+        if not self.log_prefix or self.log_prefix != self.log_prefix.strip("/ "):
+            raise InputError(f"log_prefix must be a non-empty tag without outer slashes, got {self.log_prefix!r}")
+
+    def layout(self, samples: int, outputs: int) -> Literal["full", "trace", "sum", "loss"]:
+        """Return the kernel layout for N samples of C outputs."""
+        if self.outputs == "auto":
+            return "full" if samples * outputs <= FULL_KERNEL_ROWS else "loss"
+        return self.outputs

@@ -1,0 +1,93 @@
+"""Recorder writes probes to an event file, for plain loops and for Trainers without a TensorBoard logger.
+
+Each record is appended by the calling thread with the file opened and closed again: nothing is queued that a crash
+could lose, and an error such as a full disk reaches the caller.
+"""
+
+import io
+import itertools
+import os
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from ntk_monitor import board
+from ntk_monitor.errors import InputError
+from ntk_monitor.events import event
+from ntk_monitor.snapshot import Snapshot
+
+_numbers = itertools.count()
+
+
+class Recorder:
+    """Appends to one new event file in a directory, which TensorBoard and `load_history` read.
+
+    Steps must increase: TensorBoard takes a smaller step for a resumed run and hides everything from that step on.
+    Give a run its own directory: by default TensorBoard follows only the newest event file of a directory.
+    Costs about 3 ms per probe of 12 kB, nearly all of it tensorboard's checksum.
+
+    Raises:
+        InputError: `log_dir` is an address such as s3://… (object stores cannot append), or an existing file.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
+        if "://" in str(log_dir):
+            raise InputError(
+                f"log_dir must be a local directory, got {log_dir}; record locally and copy the directory afterwards"
+            )
+        self.log_dir = Path(log_dir)
+        if self.log_dir.exists() and not self.log_dir.is_dir():
+            raise InputError(f"log_dir must be a directory, got the file {log_dir}; pass another path")
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        # The name that TensorBoard expects; the counter tells recorders of one process in one second apart.
+        origin = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        self.path = self.log_dir / f"events.out.tfevents.{origin}.ntk"
+        self._closed = False
+        source = SourceMetadata(writer="ntk_monitor.recorder")
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=source))
+
+    def write(self, snapshot: Snapshot, prefix: str = "ntk", extra: Iterable[Summary.Value] = ()) -> None:
+        """Append one probe as one Event: the record, its scalars, what stock widgets can draw, and further values."""
+        shown = [*board.scalars(snapshot, prefix), *board.pictures(snapshot, prefix), *extra]
+        self._append(event(snapshot, prefix, shown))
+
+    def flush(self) -> None:
+        """Wait until the disk has everything, which survives a power failure; a crash of the process needs no flush."""
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Flush and refuse further writes. Closing twice is allowed."""
+        if not self._closed:
+            self.flush()
+            self._closed = True
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, event: Event) -> None:
+        if self._closed:
+            raise InputError(f"the recorder of {self.path} is closed; open a new Recorder on the same directory")
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        rest = record.getbuffer()
+        with self.path.open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                # Half a record would make all later ones unreadable.
+                file.truncate(start)
+                raise

@@ -1,0 +1,16 @@
+"""Say one sentence to the person who trains, and never anything worse: a warning here must not become an exception."""
+
+import sys
+import warnings
+
+
+class NTKWarning(UserWarning):
+    """Something about the monitor, never about the training: the run goes on unchanged."""
+
+
+def say(message: str) -> None:
+    """Warn once per distinct message and place; under `-W error` write to stderr instead of raising."""
+    try:
+        warnings.warn(f"ntk_monitor: {message}", NTKWarning, stacklevel=3)
+    except NTKWarning:
+        sys.stderr.write(f"ntk_monitor: {message}\n")

@@ -1,0 +1,81 @@
+"""When to probe: every n optimizer steps, or as often as a share of the wall time allows. No torch, own clock."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Schedule:
+    """Decides at each optimizer step whether a probe is due, and keeps account of what probes cost.
+
+    Attributes:
+        every: fixed cadence in optimizer steps; None: by budget.
+        max_overhead: share of wall time that probes may take, used when `every` is None.
+        clock: seconds, monotonic; replaced in tests.
+    """
+
+    every: int | None
+    max_overhead: float
+    clock: Callable[[], float] = time.perf_counter
+    last_step: int | None = None
+    spent: float = 0.0
+    cost: float = 0.0
+    started: float | None = None
+
+    def start(self) -> None:
+        """Start the clock, at the beginning of training; later calls do nothing."""
+        if self.started is None:
+            self.started = self.clock()
+
+    def due(self, step: int) -> bool:
+        """True when a probe should be made after `step` optimizer steps."""
+        if self.last_step is None:
+            return True
+        if step <= self.last_step:
+            return False
+        if self.every is not None:
+            # A step counter may jump (two optimizers per batch): ask whether a multiple of `every` was passed.
+            return step // self.every > self.last_step // self.every
+        return self.spent + self.cost <= self.max_overhead * self.elapsed
+
+    def done(self, step: int, seconds: float) -> None:
+        """Account for a probe at this step that took so many seconds."""
+        self.last_step = step if self.last_step is None else max(step, self.last_step)
+        self.cost = 0.0
+        self.pay(seconds)
+
+    def pay(self, seconds: float) -> None:
+        """Account for further work that belongs to the last probe."""
+        self.spent += seconds
+        self.cost += seconds
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training started."""
+        return 0.0 if self.started is None else self.clock() - self.started
+
+    @property
+    def overhead(self) -> float:
+        """Share of the wall time since training started that the monitor took; 0 before any time has passed."""
+        return min(1.0, self.spent / self.elapsed) if self.elapsed > 0 else 0.0
+
+
+@dataclass(slots=True)
+class LearningRates:
+    """Learning rates of every parameter group, recorded at each step, kept where they change."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[tuple[float, ...]] = field(default_factory=list)
+
+    def record(self, step: int, rates: tuple[float, ...]) -> None:
+        """Note the rates that optimizer step number `step` (from 0) uses."""
+        if not self.values or self.values[-1] != rates:
+            self.steps.append(step)
+            self.values.append(rates)
+
+    def taken(self) -> tuple[list[int], list[tuple[float, ...]]]:
+        """Return the changes since the last call; the rates now in force open the next stretch."""
+        found = (self.steps, self.values)
+        self.steps, self.values = self.steps[-1:], self.values[-1:]
+        return found

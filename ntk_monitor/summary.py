@@ -1,0 +1,211 @@
+"""A run's last probe in plain words: one row per quantity, with its value and what that value means.
+
+n is the number of kernel rows (N·C for the full kernel). A row appears only when its quantity was measured. Sentences
+say what a number means, never whether the run is good or bad: one probe cannot know that.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ntk_monitor.bands import NAMES, band_energy
+from ntk_monitor.snapshot import ARRAYS, Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the summary: quantity, value with its unit, and one plain sentence about it."""
+
+    quantity: str
+    value: str
+    meaning: str
+
+
+def _short(value: float) -> str:
+    """Return three significant digits, without an exponent between 0.001 and 100000."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{float(f'{value:.3g}'):,.10g}"
+    return f"{value:.2e}"
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def _probes(snapshots: Sequence[Snapshot], measured: Sequence[Snapshot]) -> Iterator[Row]:
+    if measured:
+        last = measured[-1]
+        epoch = "" if last.epoch is None else f" (epoch {last.epoch})"
+        value = f"{_plural(len(measured), 'probe')}, last at step {last.step}{epoch}"
+        source = f" Samples: {last.probe_source}." if last.probe_source else ""
+        yield Row("measured", value, f"The rows below describe the last of these probes.{source}")
+    else:
+        yield Row("measured", "0 probes", "There is nothing to describe yet.")
+    skipped = [snapshot for snapshot in snapshots if snapshot.status == "skipped"]
+    if skipped:
+        reasons = list(dict.fromkeys(snapshot.reason for snapshot in skipped if snapshot.reason))
+        why = "; ".join(reasons[:3]) or "no reason was recorded"
+        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        yield Row("skipped", _plural(len(skipped), "probe"), f"Not taken: {why}{more}.")
+
+
+def _kernel(last: Snapshot) -> Iterator[Row]:
+    rows = last.eigenvalues.size
+    size = f"{_plural(last.samples, 'sample')} x {_plural(last.outputs, 'output')}"
+    state = {
+        "eval": "in evaluation mode (BatchNorm statistics fixed, dropout off)",
+        "train": "in training mode (BatchNorm over the probe, dropout off)",
+    }.get(last.mode, f"in {last.mode} mode")
+    meaning = (
+        f"K = J J^T, {rows} x {rows}, {state}: how far a gradient step on one probe output moves each other one. "
+        "No learning rate, batch size or loss is inside."
+    )
+    yield Row("kernel", f"{last.kernel or 'unnamed'}, {size}", meaning)
+    how = last.engine_reason.rstrip(".") or "the engine gave no reason"
+    count = f"{_plural(last.parameters, 'parameter')}" if last.parameters else "an unknown number of parameters"
+    value = ", ".join(part for part in (last.engine, last.precision) if part) or "unknown"
+    yield Row("computed by", value, f"Exact gradients of {count}. Why this engine: {how}.")
+
+
+def _size(measured: Sequence[Snapshot]) -> Iterator[Row]:
+    last = measured[-1]
+    trace = last.metrics.get("trace", math.nan)
+    if math.isfinite(trace):
+        first = next(snapshot for snapshot in measured if snapshot.probe == last.probe)
+        before = first.metrics.get("trace", math.nan)
+        meaning = "Sum of squared gradient norms of all probe outputs."
+        if first is not last and math.isfinite(before) and before > 0:
+            ratio = trace / before
+            word = "about as" if 0.9 <= ratio <= 1.1 else f"{_short(ratio)} times as"
+            meaning = f"At the same learning rate the outputs can move {word} fast as at step {first.step}."
+        yield Row("trace", f"{_short(trace)} squared output units", meaning)
+    if last.eigenvalues.size and math.isfinite(top := float(last.eigenvalues[0])):
+        share = top / trace if math.isfinite(trace) and trace > 0 else math.nan
+        part = f" It holds {share:.0%} of the trace." if 0 <= share <= 1.001 else ""
+        meaning = f"Strength of the direction that gradient descent learns fastest.{part}"
+        yield Row("largest eigenvalue", f"{_short(top)} {ARRAYS['eigenvalues'].unit}", meaning)
+
+
+def _shape(last: Snapshot) -> Iterator[Row]:
+    n = last.eigenvalues.size
+    if math.isfinite(last.condition_number):
+        bound = "at least " if last.condition_is_lower_bound else ""
+        ratio = _short(last.condition_number)
+        meaning = f"Plain gradient descent moves the slowest resolved direction {ratio} times slower than the fastest"
+        tail = "; some are lost in rounding noise and slower still." if last.condition_is_lower_bound else "."
+        yield Row("condition number", f"{bound}{ratio}", meaning + tail)
+    if n:
+        lost = n - last.rank
+        meaning = (
+            f"{_plural(lost, 'direction')} cannot be told from rounding noise: as far as this kernel shows, "
+            "training moves nothing along them."
+            if lost > 0
+            else "Every direction stands above rounding noise, so all of them can be learned, at different speeds."
+        )
+        yield Row("resolved rank", f"{last.rank} of {n} modes", meaning)
+    effective = last.metrics.get("effective_rank", math.nan)
+    if math.isfinite(effective):
+        meaning = f"The kernel spreads its strength as {_short(effective)} equal directions would."
+        yield Row("effective rank", f"{_short(effective)} of {n} modes", meaning)
+    if last.negative > 0:
+        meaning = "K has none in exact arithmetic: the kernel was disturbed, by low precision or by random layers."
+        yield Row("negative eigenvalues", f"{last.negative} of {n}", meaning)
+
+
+def _alignment(value: float) -> str:
+    if value >= 0.5:
+        return "Samples that learn together mostly share their target."
+    if value >= 0.1:
+        return "Samples that learn together share their target more often than by chance."
+    if value > -0.1:
+        return "Which samples learn together says little about their targets."
+    return "Samples that learn together tend to have different targets."
+
+
+def _change(value: float) -> str:
+    if value < 0.01:
+        return "The kernel kept its shape since the previous probe: the network moves almost linearly (lazily)."
+    if value < 0.2:
+        return "The kernel turned a little since the previous probe: the features are moving."
+    return "The kernel turned far since the previous probe, as it does when new features are learned."
+
+
+def _learning(last: Snapshot) -> Iterator[Row]:
+    alignment = last.metrics.get("alignment", math.nan)
+    if math.isfinite(alignment):
+        few = " With under 100 samples this number is noisy." if last.samples < 100 else ""
+        yield Row("alignment", f"{_short(alignment)} (cosine)", _alignment(alignment) + few)
+    change = last.metrics.get("kernel_change", math.nan)
+    if math.isfinite(change):
+        yield Row("kernel change", f"{_short(change)} (1 - cosine)", _change(change))
+    if math.isfinite(last.loss_value):
+        how = {
+            "matched": "It was identified by reproducing the value the Trainer computed.",
+            "given": "It is the loss that was passed in.",
+        }.get(last.loss_status, f"How it was identified: {last.loss_status or 'not recorded'}.")
+        yield Row("loss on the probe", f"{_short(last.loss_value)} {last.loss}".strip(), f"In evaluation mode. {how}")
+    elif last.loss_status:
+        yield Row("loss on the probe", "not known", f"How it was sought: {last.loss_status.rstrip('.')}.")
+
+
+def _residual(last: Snapshot) -> Iterator[Row]:
+    energy = band_energy(last)
+    total = sum(energy.values())
+    if energy and total > 0:
+        # The hundred-fold line splits the eight bands into what training reaches early and what it reaches late.
+        fast, unresolved = energy[NAMES[0]] + energy[NAMES[1]], energy[NAMES[-1]]
+        most = max(NAMES, key=lambda name: energy[name])
+        place = f"{most} than the fastest" if most.endswith("slower") else most
+        meaning = f"The largest part ({energy[most]:.0%}) lies in modes {place}."
+        if unresolved >= 0.005:
+            meaning += f" {unresolved:.0%} lies in modes that gradient descent cannot move."
+        yield Row("residual by speed", f"{fast:.0%} in fast modes (within 100x)", meaning)
+    elif energy:
+        yield Row("residual by speed", "no residual", "The probe is fitted exactly.")
+    elif last.modes_reason:
+        yield Row("residual by speed", "off", f"Modes are off: {last.modes_reason.rstrip('.')}.")
+
+
+def _cost(last: Snapshot) -> Iterator[Row]:
+    overhead = last.metrics.get("overhead", math.nan)
+    spent = sum(value for value in last.seconds.values() if math.isfinite(value))
+    if math.isfinite(overhead):
+        meaning = "Share of the run's time that went into measuring."
+        if spent > 0:
+            slowest = max(last.seconds, key=lambda stage: last.seconds[stage])
+            meaning += f" The last probe took {_short(spent)} s, most of it for: {slowest}."
+        yield Row("monitor overhead", f"{100 * overhead:.2g} % of wall time", meaning)
+
+
+def rows(snapshots: Sequence[Snapshot]) -> tuple[Row, ...]:
+    """Return the summary of a run from its snapshots in order of steps; quantities that were not measured are left out.
+
+    Always at least one row, which says how many probes there are. Changes are relative to the first probe of the same
+    samples (equal probe hash).
+    """
+    measured = [snapshot for snapshot in snapshots if snapshot.status == "measured"]
+    found = list(_probes(snapshots, measured))
+    if measured:
+        last = measured[-1]
+        for part in (_kernel(last), _size(measured), _shape(last), _learning(last), _residual(last), _cost(last)):
+            found += part
+    return tuple(found)
+
+
+def text(rows: Sequence[Row], width: int = 100) -> str:
+    """Return the rows as a plain-text table of three wrapped columns, no line wider than `width` (at least 60)."""
+    width = max(width, 60)
+    first = min(max((len(row.quantity) for row in rows), default=0), 22)
+    second = min(max((len(row.value) for row in rows), default=0), (width - first - 4) * 2 // 5)
+    widths = (first, second, width - first - second - 4)
+    lines: list[str] = []
+    for row in rows:
+        cells = [
+            textwrap.wrap(cell, max(wide, 1)) or [""]
+            for cell, wide in zip((row.quantity, row.value, row.meaning), widths, strict=True)
+        ]
+        for i in range(max(len(cell) for cell in cells)):
+            parts = [(cell[i] if i < len(cell) else "").ljust(wide) for cell, wide in zip(cells, widths, strict=True)]
+            lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
