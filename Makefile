@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 # Shapes in signatures are checked while tests run. Not in addopts: make gpu runs where jaxtyping's checker may be missing.
-PYTEST := $(BIN)/python -m pytest --jaxtyping-packages=ntk_monitor,beartype.beartype --hypothesis-profile=ci
+PYTEST := $(BIN)/python -m pytest --jaxtyping-packages=ntk_monitor,tests.typechecked.typechecked --hypothesis-profile=ci
 COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 .PHONY: help demo test test-all check format bench gpu clean

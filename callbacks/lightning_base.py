@@ -3,10 +3,12 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
+__all__ = ["Base", "LightningModule", "Trainer"]
+
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback as Base
-    from lightning.pytorch import LightningModule as LightningModule
-    from lightning.pytorch import Trainer as Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    Base = Callback
 else:
 
     def _bases() -> tuple[type, ...]:

@@ -1,18 +1,23 @@
 """NTKMonitor: add it to a Lightning Trainer and see the kernel of the network while it trains.
 
-A hook asks when, calls what, hands the result on. Inside `fit` nothing of ours raises: a probe that fails is one warning
-and a recorded skip.
+A hook asks when, calls what, hands the result on. Inside `fit` nothing of ours raises: a probe that fails is one
+warning and a recorded skip.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ntk_monitor.batch import tensors
 from ntk_monitor.callbacks.lightning_base import Base, LightningModule, Trainer
 from ntk_monitor.callbacks.sink import Sink
 from ntk_monitor.callbacks.trainer_data import drawn, measured_module, returned_loss, training_outputs
-from ntk_monitor.errors import InputError
+from ntk_monitor.errors import InputError, LossUnknownError
+from ntk_monitor.guard import random_state
 from ntk_monitor.harmless import Fingerprint
-from ntk_monitor.losses import candidates
+from ntk_monitor.losses import candidates, recognised
 from ntk_monitor.matching import Matching
 from ntk_monitor.monitor import Measurement, Monitor
 from ntk_monitor.probe import Probe, default_samples, from_batch
@@ -59,7 +64,7 @@ class NTKMonitor(Base):
         InputError: an option outside its range, or an empty or inconsistent probe. Only here, never inside `fit`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the public door; every option is a plain, typed argument for LightningCLI
         self,
         probe: Any = None,
         every_n_steps: int | None = None,
@@ -98,6 +103,8 @@ class NTKMonitor(Base):
             strict=strict,
         )
         self._wanted = _checked(probe, seed)
+        if loss is not None:
+            recognised(loss)
         self._restored: dict[str, Any] = {}
         self._reset()
 
@@ -106,7 +113,7 @@ class NTKMonitor(Base):
         self.last: Snapshot | None = None
         self._sink: Sink | None = None
         self._matching: Matching | None = None
-        self._seen: Any = None
+        self._seen: tuple[Tensor, Tensor] | None = None
         self._pending: list[Measurement] = []
         self._failures = 0
         self._resting = ""
@@ -132,7 +139,12 @@ class NTKMonitor(Base):
         """Record the learning rates that this step uses; schedulers change them right after it."""
         if self.monitor is not None and not self._resting:
             self.monitor.steps = trainer.global_step
-            self._guarded(self.monitor.observe)
+            try:
+                self.monitor.observe()
+            except Exception as error:
+                if self.recipe.strict:
+                    raise
+                self._rest(f"{type(error).__name__}: {error}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -174,22 +186,22 @@ class NTKMonitor(Base):
     # Steps: each may raise, and is only called through `_guarded`.
 
     def _guarded(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Run one step; what it raises becomes one warning, and after three in a row the monitor rests."""
+        """Run one step; what it raises becomes one warning, and the monitor rests."""
         if self._resting:
             return
         try:
-            step(*arguments)
+            # Our own code draws nothing, but loggers and data sets may.
+            with random_state():
+                step(*arguments)
         except Exception as error:
             if self.recipe.strict:
                 raise
-            self._failures = _PATIENCE
             self._rest(f"{type(error).__name__}: {error}")
 
     def _rest(self, reason: str) -> None:
-        if self._failures >= _PATIENCE:
-            self._resting = reason
-            self.monitor = self._matching = None
-            say(f"the monitor rests for the remainder of this run, training goes on: {reason}")
+        self._resting = reason
+        self.monitor = self._matching = None
+        say(f"the monitor rests for the remainder of this run, training goes on: {reason}")
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._sink = Sink(trainer, self.recipe)
@@ -232,7 +244,7 @@ class NTKMonitor(Base):
         if self.monitor is not None and self._matching is not None:
             try:
                 self._seen = training_outputs(trainer, self.monitor.model, batch, self.recipe)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - then the loss stays unknown, the kernel does not
                 self._unmatched(f"{type(error).__name__}: {error}")
 
     def _compare(self, trainer: Trainer, outputs: Any) -> None:
@@ -244,7 +256,8 @@ class NTKMonitor(Base):
         if seen is None or value is None:
             self._unmatched("training_step returned no loss" if value is None else "the batch has no tensor of targets")
             return
-        matching.add(*seen, value)
+        f, y = seen
+        matching.add(f, y, value)
         if matching.over:
             self._settle()
 
@@ -285,18 +298,22 @@ class NTKMonitor(Base):
         before = Fingerprint.of(pl_module) if check else None
         try:
             raw = monitor.measure(step, epoch)
+        except LossUnknownError:
+            if self._matching is None:
+                raise
+            return  # a few batches more will tell; the probe stays due
         except Exception as error:
             if self.recipe.strict:
                 raise
             self._settle()  # records must be written in the order of their steps
             self._write(monitor.skipped(step, error, epoch))
             self._failures += 1
-            self._rest(f"{self._failures} probes in a row failed, the last with {type(error).__name__}: {error}")
+            if self._failures == _PATIENCE:
+                self._rest(f"{_PATIENCE} probes in a row failed, the last with {type(error).__name__}: {error}")
             return
         finally:
             changed = before.changes(Fingerprint.of(pl_module)) if before is not None else []
             if changed:
-                self._failures = _PATIENCE
                 self._rest(f"a probe would change this run ({', '.join(changed[:3])})")
         self._failures = 0
         if self._matching is not None:
@@ -318,13 +335,9 @@ def _checked(probe: Any, seed: int) -> Any:
     """Refuse at once what can never be a probe; keep what needs the Trainer for later."""
     if isinstance(probe, bool) or (isinstance(probe, int) and probe < 1):
         raise InputError(f"probe must hold at least 1 sample, got {probe!r}")
-    if probe is None or isinstance(probe, int) or hasattr(probe, "__getitem__") and hasattr(probe, "__len__"):
-        is_pair = isinstance(probe, (tuple, list))
-        return Probe.of(probe, default_samples(1), seed) if is_pair else probe
-    return Probe.of(probe, default_samples(1), seed) if not hasattr(probe, "dataset") else probe
+    needs_trainer = probe is None or isinstance(probe, (int, Dataset, DataLoader))
+    return probe if needs_trainer else Probe.of(probe, default_samples(1), seed)
 
 
 def _bytes(probe: Probe) -> int:
-    from ntk_monitor.batch import tensors
-
     return sum(t.numel() * t.element_size() for t in [*tensors(probe.inputs), *tensors(probe.targets)])

@@ -2,8 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -22,8 +22,8 @@ class Sink:
     """Writes snapshots on rank 0, keeps the newest scalars where EarlyStopping and ModelCheckpoint look for them.
 
     The whole record goes into the TensorBoard logger's own event file, because TensorBoard follows one file per
-    directory; without that logger into a file of our own in `recipe.log_dir` or the Trainer's log directory, and nowhere
-    when the Trainer has no logger at all.
+    directory; without that logger into a file of our own in `recipe.log_dir` or the Trainer's log directory, and
+    nowhere when the Trainer has no logger at all.
     """
 
     def __init__(self, trainer: Trainer, recipe: Recipe) -> None:
@@ -34,7 +34,7 @@ class Sink:
         self._write: Callable[[Snapshot], None] | None = None
         self.recorder: Recorder | None = None
         self.directory: Path | None = None
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         writer = None if recipe.log_dir else _tensorboard_writer(trainer)
         if writer is not None:
@@ -43,7 +43,7 @@ class Sink:
         elif directory is not None and (recipe.log_dir or trainer.loggers):
             self.recorder = Recorder(directory)
             self.directory = self.recorder.log_dir
-            self._write = lambda snapshot: self._record(snapshot)
+            self._write = self._record
 
     def publish(self, metrics: Mapping[str, float]) -> None:
         """Give every scalar a finite value among the Trainer's callback metrics.
@@ -65,16 +65,13 @@ class Sink:
         if not self._trainer.is_global_zero:
             return
         scalars = {f"{self._prefix}/{name}": value for name, value in snapshot.metrics.items()}
-        targets: list[Callable[[], Any]] = []
-        if scalars:
-            targets += [lambda lg=lg: lg.log_metrics(scalars, step=snapshot.step) for lg in self._trainer.loggers]
+        writers = [partial(logger.log_metrics, scalars, snapshot.step) for logger in self._trainer.loggers if scalars]
         if self._write is not None:
-            write = self._write
-            targets.append(lambda: write(snapshot))
-        for target in targets:
+            writers.append(partial(self._write, snapshot))
+        for write in writers:
             try:
-                target()
-            except Exception as error:
+                write()
+            except Exception as error:  # noqa: BLE001 - a full disk or a lost server must not stop the run
                 say(f"probe at step {snapshot.step} could not be written: {type(error).__name__}: {error}")
 
     def flush(self) -> None:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ntk_monitor.batch import moved, size, take
+from ntk_monitor.batch import moved
 from ntk_monitor.callbacks.lightning_base import LightningModule, Trainer
 from ntk_monitor.errors import InputError
 from ntk_monitor.guard import random_state, undisturbed
 from ntk_monitor.network import Network
-from ntk_monitor.probe import Probe, default_samples, split
+from ntk_monitor.probe import Probe, default_samples, indexable, split
 from ntk_monitor.recipe import Recipe
 
 
@@ -39,20 +39,18 @@ def drawn(trainer: Trainer, module: nn.Module, wanted: Any, recipe: Recipe) -> P
     Args:
         trainer: in fit, loaders set up.
         module: what is measured, to learn how many outputs a sample has.
-        wanted: None, a number of samples, or anything that `Probe.of` takes.
+        wanted: None, a number of samples, a Probe, or a Dataset or DataLoader to draw from.
         recipe: seed, forward and selection.
     """
+    if isinstance(wanted, Probe):
+        return wanted
     data = wanted
     if wanted is None or isinstance(wanted, int):
         data = trainer.train_dataloader
-        if not isinstance(data, DataLoader) or data.batch_sampler is None or not hasattr(data.dataset, "__getitem__"):
+        if not (isinstance(data, DataLoader) and indexable(data)):
             return None
     if isinstance(wanted, int):
         return Probe.of(data, wanted, recipe.seed)
-    if not isinstance(data, DataLoader) and not hasattr(data, "__getitem__"):
-        return Probe.of(data, default_samples(1), recipe.seed)
-    if isinstance(data, (Tensor, tuple, list, Mapping, Probe)):
-        return Probe.of(data, default_samples(1), recipe.seed)
     first = Probe.of(data, 2, recipe.seed)
     return Probe.of(data, default_samples(outputs_per_sample(module, first, recipe)), recipe.seed)
 
@@ -64,9 +62,7 @@ def outputs_per_sample(module: nn.Module, probe: Probe, recipe: Recipe) -> int:
         return int(network.outputs(network.prepared(probe.inputs)).shape[1])
 
 
-def training_outputs(
-    trainer: Trainer, module: nn.Module, batch: Any, recipe: Recipe
-) -> tuple[Tensor, Tensor] | None:
+def training_outputs(trainer: Trainer, module: nn.Module, batch: Any, recipe: Recipe) -> tuple[Tensor, Tensor] | None:
     """Return (outputs, targets) as the coming training step will see them: its mode, its precision, its random numbers.
 
     None when the batch has no tensor of targets. The random state is put back, so that the step draws the same numbers.
@@ -76,7 +72,7 @@ def training_outputs(
         return None
     with random_state(), torch.no_grad(), trainer.precision_plugin.forward_context():
         network = Network(module, params=recipe.params, forward=recipe.forward, mode="live")
-        return network.outputs(moved(inputs, network.device)).float(), targets.detach().clone()
+        return network.raw(moved(inputs, network.device)).float(), targets.detach().clone()
 
 
 def returned_loss(trainer: Trainer, outputs: Any) -> float | None:
@@ -86,8 +82,3 @@ def returned_loss(trainer: Trainer, outputs: Any) -> float | None:
         return None
     # Lightning divides the loss by the number of accumulated batches before it hands it to callbacks.
     return float(value) * trainer.accumulate_grad_batches
-
-
-def rows_of(batch: Any, samples: int) -> Any:
-    """Return the first samples of a training batch."""
-    return take(batch, slice(0, min(samples, size(batch))))

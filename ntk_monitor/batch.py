@@ -45,7 +45,9 @@ def size(batch: Batch) -> int:
     """
     lengths = [int(t.shape[0]) for t in tensors(batch) if t.dim() > 0]
     if not lengths:
-        raise InputError(f"a batch must hold at least one tensor with a leading sample axis, got {type(batch).__name__}")
+        raise InputError(
+            f"a batch must hold at least one tensor with a leading sample axis, got {type(batch).__name__}"
+        )
     if len(set(lengths)) > 1:
         raise InputError(f"all tensors of a batch must share their leading (sample) axis, got lengths {lengths}")
     if lengths[0] == 0:
@@ -59,7 +61,7 @@ def take(batch: Batch, rows: slice | Tensor | Sequence[int]) -> Batch:
 
 
 def moved(batch: Batch, device: torch.device, promote: torch.dtype | None = None) -> Batch:
-    """Return the batch on `device`, floating tensors cast to `promote` when it is given.
+    """Return the batch on `device`, floating tensors narrower than `promote` cast up to it.
 
     Raises:
         InputError: a tensor on the meta device, which holds no data to move.
@@ -68,7 +70,8 @@ def moved(batch: Batch, device: torch.device, promote: torch.dtype | None = None
     def move(t: Tensor) -> Tensor:
         if t.is_meta and device.type != "meta":
             raise InputError("a probe must hold data, got a tensor on the meta device; pass a materialised tensor")
-        return t.to(device, promote) if promote is not None and t.is_floating_point() else t.to(device)
+        narrow = promote is not None and t.is_floating_point() and torch.promote_types(t.dtype, promote) != t.dtype
+        return t.to(device, promote) if narrow else t.to(device)
 
     return mapped(batch, move)
 

@@ -37,11 +37,11 @@ def pictures(snapshot: Snapshot, prefix: str = "ntk") -> Iterator[Summary.Value]
             "unnormalised K = J Jᵀ",
         )
     if snapshot.gram.size:
-        picture = png(gram(snapshot), width=_WIDTH, height=_HEIGHT)
+        picture = png(gram(snapshot, cosine=True), width=_WIDTH, height=_HEIGHT)
         yield image_value(
             f"{prefix}/gram",
             picture,
             _WIDTH,
             _HEIGHT,
-            description="Kernel between probe samples, mean over outputs, samples sorted by class",
+            description="Cosine of the centred kernel (mean over outputs) between samples, sorted by class",
         )

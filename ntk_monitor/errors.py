@@ -2,6 +2,7 @@
 
 NTKMonitorError
 ├── InputError      a batch, probe, target or option that cannot be used
+│   └── LossUnknownError    what was asked for needs the loss
 ├── NetworkError    a module whose parameters or outputs cannot be followed exactly
 ├── NumericsError   a kernel that is not finite, so that no spectrum exists
 └── HistoryError    event files that hold no readable history
@@ -15,6 +16,10 @@ class NTKMonitorError(Exception):
 
 class InputError(NTKMonitorError, ValueError):
     """A batch, probe, target or option cannot be used as given."""
+
+
+class LossUnknownError(InputError):
+    """What was asked for needs the loss, and the loss is not known."""
 
 
 class NetworkError(NTKMonitorError):

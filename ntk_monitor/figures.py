@@ -248,20 +248,34 @@ def _classes(snapshot: Snapshot) -> tuple[Floats, Floats] | None:
     if labels.size == 0 or labels.size != snapshot.gram.shape[0]:
         return None
     values, counts = np.unique(labels, return_counts=True)
-    return values, counts.astype(np.float64)
+    return values.astype(np.float64), counts.astype(np.float64)
 
 
-def gram(snapshot: Snapshot, *, limit: float | None = None) -> Figure:
+def gram(snapshot: Snapshot, *, cosine: bool = False, limit: float | None = None) -> Figure:
     """Return the Gram matrix of one probe, samples sorted by class, with a line between classes.
 
-    Red: a gradient step on one sample moves the other the same way; blue: the opposite way. The colour range is
-    ±limit; pass one limit for several probes to compare them. Default: the 99th percentile of |entry|, so that one
-    outlier does not wash out the rest.
+    Red: a gradient step on one sample moves the other the same way; blue: the opposite way.
+
+    Args:
+        snapshot: a probe that stored its Gram matrix.
+        cosine: centre the matrix, which takes out what all samples share, and show K_ij / √(K_ii K_jj), from -1 to 1:
+            the same colours at every step, however much the kernel grows.
+        limit: colours end at ±limit. Default: the 99th percentile of |entry| (1 for cosines), so that one outlier does
+            not wash out the rest.
     """
     title = "Kernel between samples"
-    if snapshot.gram.ndim != 2 or snapshot.gram.size == 0 or not np.isfinite(snapshot.gram).any():
+    matrix, unit = snapshot.gram, f"mean over outputs of K<br>({ARRAYS['gram'].unit})"
+    if cosine and matrix.size:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            matrix = matrix - matrix.mean(axis=0) - matrix.mean(axis=1)[:, None] + matrix.mean()
+            scale = np.sqrt(np.diag(matrix))
+            matrix, unit, limit = matrix / scale[:, None] / scale, "cosine of the centred kernel", limit or 1.0
+    if snapshot.gram.ndim != 2 or snapshot.gram.size == 0 or not np.isfinite(matrix).any():
         return _empty(title, "No Gram matrix was stored at this step.")
-    finite = np.abs(snapshot.gram[np.isfinite(snapshot.gram)])
+    finite = np.abs(matrix[np.isfinite(matrix)])
+    about = f", in {ARRAYS['gram'].unit}. Red: learning one sample moves the other the same way; blue: the opposite way"
+    if cosine:
+        about = ", centred, as cosines. Red: learning one sample moves the other more than average; blue: less"
     extent = limit if limit is not None else float(np.quantile(finite, 0.99)) or 1.0
     n = snapshot.gram.shape[0]
     axis: Figure = {"constrain": "domain", "range": [-0.5, n - 0.5], "showgrid": False}
@@ -287,17 +301,16 @@ def gram(snapshot: Snapshot, *, limit: float | None = None) -> Figure:
         "type": "heatmap",
         "x": list(range(n)),
         "y": list(range(n)),
-        "z": [_numbers(row) for row in snapshot.gram],
+        "z": [_numbers(row) for row in matrix],
         "zmin": -extent,
         "zmax": extent,
         "colorscale": DIVERGING,
-        "colorbar": {"title": {"text": f"mean over outputs of K<br>({ARRAYS['gram'].unit})", "side": "right"}},
+        "colorbar": {"title": {"text": unit, "side": "right"}},
         "hovertemplate": "samples %{y} and %{x}: %{z:.4g}<extra></extra>",
     }
     layout = _layout(
         f"{title}, step {snapshot.step}",
-        f"Mean over outputs of the {_kernel(snapshot)}, in {ARRAYS['gram'].unit}. Red: learning one sample moves the "
-        f"other the same way; blue: the opposite way. Colours end at ±{extent:.3g}.",
+        f"Mean over outputs of the {_kernel(snapshot)}{about}. Colours end at ±{extent:.3g}.",
         xaxis=axis | {"title": {"text": word}},
         yaxis=axis | {"title": {"text": word}, "range": [n - 0.5, -0.5], "scaleanchor": "x"},
         shapes=shapes,

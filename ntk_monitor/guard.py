@@ -7,7 +7,7 @@ import contextlib
 import random
 import warnings
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def undisturbed(*owners: object, seed: int | None = None) -> Iterator[None]:
     """Measure in a fixed numerical environment and leave no trace of it.
 
     Inside: gradients on, inference mode off, autocast off, float32 products in full precision (no TF32), and, with
-    `seed`, freshly seeded torch generators, so that a network that draws random numbers is the same at every probe.
+    `seed`, freshly seeded generators, so that a network that draws random numbers is the same at every probe.
     """
     devices = [d for d in ("cuda", "cpu", "mps", "xpu") if torch.is_autocast_enabled(d)]
     with contextlib.ExitStack() as stack:
@@ -55,16 +55,28 @@ def undisturbed(*owners: object, seed: int | None = None) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         if seed is not None:
-            torch.manual_seed(seed)
+            seeded(seed)
         yield
+
+
+def seeded(seed: int) -> None:
+    """Seed the generators that `random_state` restores, and no other.
+
+    `torch.manual_seed` would also queue a seed for a CUDA that is not in use yet, and so change what is drawn there.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Compute float32 products in float32: with TF32 or bfloat16 inside, eigenvalues below 1e-8 of the largest are lost.
+    """Compute float32 products in float32: TF32 or bfloat16 inside would lose eigenvalues below 1e-8 of the largest.
 
-    torch >= 2.9 has one switch per backend; older versions have the two TF32 flags. Mixing both kinds makes torch raise,
-    so only one kind is ever touched.
+    torch >= 2.9 has one switch per backend; older versions have the two TF32 flags. Mixing both kinds makes torch
+    raise, so only one kind is ever touched.
     """
     backends = torch.backends
     switches: list[tuple[Any, str, Any]]
@@ -98,27 +110,25 @@ def generators(owner: object, depth: int = 5) -> list[Generator]:
 
     Datasets and transforms often own one; drawing a probe through them must not advance it.
     """
-    found: dict[int, Generator] = {}
+    found: list[Generator] = []
     seen: set[int] = set()
+    level: list[object] = [owner]
+    for _ in range(depth + 1):  # breadth first: what lies near is not hidden behind a long way to it
+        level = [value for value in {id(v): v for v in level}.values() if id(value) not in seen]
+        seen.update(map(id, level))
+        found += [value for value in level if isinstance(value, get_args(Generator))]
+        level = [item for value in level for item in _held(value)]
+    return found
 
-    def visit(value: object, left: int) -> None:
-        if left < 0 or id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-            found[id(value)] = value
-        elif isinstance(value, (list, tuple, set)) and len(value) <= 64:
-            for item in value:
-                visit(item, left - 1)
-        elif isinstance(value, dict) and len(value) <= 64:
-            for item in value.values():
-                visit(item, left - 1)
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.Tensor)):
-            for item in vars(value).values():
-                visit(item, left - 1)
 
-    visit(owner, depth)
-    return list(found.values())
+def _held(value: object) -> list[object]:
+    if isinstance(value, (*get_args(Generator), type, torch.Tensor)):
+        return []
+    if isinstance(value, (list, tuple, set)):
+        return list(value) if len(value) <= 64 else []
+    if isinstance(value, dict):
+        return list(value.values()) if len(value) <= 64 else []
+    return list(vars(value).values()) if hasattr(value, "__dict__") else []
 
 
 def _state(generator: Generator) -> Any:

@@ -3,6 +3,7 @@
 Model → Network → engine → float64 Gram. Which engine ran, and why, is part of the answer (`measured`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -39,7 +40,7 @@ class Kernel:
     jacobian_dtype: torch.dtype
 
 
-def empirical_ntk(
+def empirical_ntk(  # noqa: PLR0913 - the public door
     model: nn.Module,
     x: Batch,
     x2: Batch | None = None,
@@ -78,7 +79,7 @@ def empirical_ntk(
         loss: name, torch loss or callable (outputs, targets) → scalar, applied to one sample at a time.
         mode: "eval", or "train": the batch-coupled function of training (BatchNorm over this batch, dropout off).
         dtype: of the result; products are always accumulated in float64.
-        memory_limit: bytes for Jacobian blocks; None: 1 GiB. Slower below N·C·P·4 bytes, never different beyond rounding.
+        memory_limit: bytes for Jacobian blocks; None: 1 GiB. Less is slower, never different beyond rounding.
 
     Raises:
         InputError: empty or inconsistent batches, outputs that are no single floating tensor, unknown options.
@@ -108,7 +109,7 @@ def empirical_ntk(
     return found.values.to(dtype)
 
 
-def measured(
+def measured(  # noqa: PLR0913 - the same door
     model: nn.Module,
     x: Batch,
     x2: Batch | None = None,
@@ -155,10 +156,7 @@ def measured(
 
 def sum_of(layers: Mapping[str, Tensor]) -> Tensor:
     """Return the whole kernel from the kernels of its layers."""
-    total, *rest = layers.values()
-    for kernel in rest:
-        total = total + kernel
-    return total
+    return torch.stack(list(layers.values())).sum(0)
 
 
 def _check(outputs: str, engine: str, targets: Any, loss: Any) -> None:
@@ -202,7 +200,7 @@ def _headed(forward: Forward | None, outputs: str, loss: Any) -> Forward:
 
         def total(module: nn.Module, inputs: Batch) -> Tensor:
             f = only_tensor(base(module, inputs)).flatten(1)
-            return f.sum(dim=1, keepdim=True) / f.shape[1] ** 0.5
+            return f.sum(dim=1, keepdim=True) / math.sqrt(f.shape[1])
 
         return total
     if outputs == "loss":

@@ -1,17 +1,17 @@
 """Losses as functions of the outputs: gradient and curvature, which turn a kernel into speeds of learning.
 
-f (N, C) outputs, g = dL/df (N, C), H = d²L/df² block-diagonal over samples, H = S Sᵀ with S (N, C, C). For the losses
-here g lies in the range of S, so that the residual u = S⁺ g exists and a gradient step with learning rate lr moves it by
--lr Sᵀ K S u. N is the number of samples the loss averages over.
+f (N, C) outputs, g = dL/df (N, C), H = d²L/df² block-diagonal over samples, H = S Sᵀ with S (N, C, C). For the
+losses here g lies in the range of S, so that the residual u = S⁺ g exists and a gradient step with learning rate lr
+moves it by -lr Sᵀ K S u. N is the number of samples the loss averages over.
 
 | loss | g | S | u = S⁺ g |
 |---|---|---|---|
 | MSE (mean: s = 2/(N C), sum: s = 2) | s (f - y) | √s I | √s (f - y) |
 | cross-entropy (mean; W target weights, w = Σ_c W) | (w p - W)/Σw | √(w/Σw) (diag √p - p √pᵀ) | Pearson residual |
-| BCE with logits (mean; a = 1 + (pos_weight - 1) y) | (a p - pos_weight y)/(N C) | √(a p (1-p)/(N C)) | Pearson residual |
+| BCE with logits (mean; a = 1 + (w₊ - 1) y) | (a p - w₊ y)/(N C) | √(a p (1-p)/(N C)) | Pearson residual |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -82,10 +82,12 @@ class Loss:
         if self.kind == "other":
             raise InputError(f"{self.name} has no known curvature; residual modes need MSE, cross-entropy or BCE")
         if self.kind == "cross_entropy":
+            if f.dim() != 2:
+                raise InputError(f"modes of {self.name} need one class per sample, got outputs {tuple(f.shape)}")
             return self._cross_entropy(f, y)
         if y.numel() != f.numel():
             raise InputError(f"targets of shape {tuple(y.shape)} do not fit outputs {tuple(f.shape)} of {self.name}")
-        return self._elementwise(f, y.double().reshape(f.shape))
+        return self._elementwise(f.reshape(len(f), -1), y.double().reshape(len(f), -1))
 
     def _elementwise(self, f: Tensor, y: Tensor) -> Terms:
         n = f.numel()
@@ -125,7 +127,7 @@ def _target_weights(f: Tensor, y: Tensor, options: dict[str, Any]) -> Tensor:
     if y.is_floating_point():
         if y.shape != f.shape:
             raise InputError(f"soft targets must have the shape of the outputs {tuple(f.shape)}, got {tuple(y.shape)}")
-        target = y.double()
+        target, kept = y.double(), torch.ones(n, 1, dtype=torch.float64)
     else:
         if y.numel() != n:
             raise InputError(f"class targets must be one integer per sample ({n}), got shape {tuple(y.shape)}")
@@ -133,9 +135,10 @@ def _target_weights(f: Tensor, y: Tensor, options: dict[str, Any]) -> Tensor:
         ignored = labels == options.get("ignore_index", -100)
         if bool(((labels < 0) | (labels >= c))[~ignored].any()):
             raise InputError(f"class targets must lie in 0..{c - 1}, got up to {int(labels.max())}")
-        target = F.one_hot(labels.masked_fill(ignored, 0).long(), c).double() * ~ignored[:, None]
+        kept = (~ignored[:, None]).double()
+        target = F.one_hot(labels.masked_fill(ignored, 0).long(), c).double() * kept
     eps = float(options.get("label_smoothing", 0.0))
-    smoothed = (1 - eps) * target + eps / c * (target.sum(1, keepdim=True) > 0)
+    smoothed = (1 - eps) * target + eps / c * kept
     weight = options.get("weight")
     return smoothed if weight is None else smoothed * weight.detach().cpu().double()
 
@@ -194,7 +197,7 @@ def bce_with_logits(reduction: str = "mean", *, pos_weight: Tensor | None = None
 def _ce(f: Tensor, y: Tensor, options: dict[str, Any]) -> Tensor:
     weight = options["weight"]
     targets = y.to(f.dtype) if y.is_floating_point() else y.long()
-    return F.cross_entropy(
+    value = F.cross_entropy(
         f,
         targets,
         weight=None if weight is None else weight.to(f),
@@ -202,6 +205,8 @@ def _ce(f: Tensor, y: Tensor, options: dict[str, Any]) -> Tensor:
         label_smoothing=options["label_smoothing"],
         ignore_index=options["ignore_index"],
     )
+    # A sample that is ignored has no loss; on its own, torch's mean over no samples would be 0/0.
+    return value if y.is_floating_point() else torch.where((targets != options["ignore_index"]).any(), value, 0.0)
 
 
 def _same(y: Tensor, f: Tensor) -> Tensor:
@@ -229,13 +234,14 @@ def recognised(loss: Any) -> Loss:
         "cross_entropy": cross_entropy,
         "bce_with_logits": bce_with_logits,
         "huber": huber,
+        "token_cross_entropy": token_cross_entropy,
         F.mse_loss: mse,
         F.cross_entropy: cross_entropy,
         F.nll_loss: cross_entropy,
         F.binary_cross_entropy_with_logits: bce_with_logits,
         F.huber_loss: huber,
     }
-    if isinstance(loss, (str,)) or loss in names:
+    if isinstance(loss, str) or (isinstance(loss, Hashable) and loss in names):
         if loss not in names:
             raise InputError(f"unknown loss {loss!r}; known names are {[n for n in names if isinstance(n, str)]}")
         return names[loss]()
@@ -244,6 +250,22 @@ def recognised(loss: Any) -> Loss:
     if callable(loss):
         return Loss(getattr(loss, "__name__", type(loss).__name__), "other", loss)
     raise InputError(f"loss must be a name, a torch loss or a callable(outputs, targets), got {type(loss).__name__}")
+
+
+def token_cross_entropy(*, shift: bool = False) -> Loss:
+    """Return cross-entropy over the tokens of sequences: outputs (N, T, V), targets (N, T), -100 ignored.
+
+    Args:
+        shift: token t predicts target t + 1, as causal language models do inside.
+    """
+
+    def function(f: Tensor, y: Tensor) -> Tensor:
+        if f.dim() != 3 or y.is_floating_point():
+            raise ValueError("tokens need outputs (N, T, V) and integer targets (N, T)")
+        logits, labels = (f[:, :-1], y[:, 1:]) if shift else (f, y)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long())
+
+    return Loss(f"token_cross_entropy(mean{', shifted' if shift else ''})", "other", function)
 
 
 def _module_loss(loss: nn.Module) -> Loss | None:
@@ -277,6 +299,8 @@ def candidates(module: nn.Module) -> list[Loss]:
         mse(),
         mse("sum"),
         huber(),
+        token_cross_entropy(),
+        token_cross_entropy(shift=True),
     ]
-    known = {loss.name for loss in attached}
-    return attached + [loss for loss in usual if loss.name not in known]
+    names = {loss.name for loss in attached}
+    return attached + [loss for loss in usual if loss.name not in names]

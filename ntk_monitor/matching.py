@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ntk_monitor.losses import Loss
@@ -21,37 +22,39 @@ class Matching:
 
     candidates: Sequence[Loss]
     batches: int = 0
-    worst: dict[str, float] = field(default_factory=dict)
+    worst: list[float] = field(default_factory=list)
+    rounding: float = 0.0
     last: str = ""
 
     def add(self, outputs: Tensor, targets: Tensor, value: float) -> None:
         """Compare every candidate with the value the Trainer returned for this batch."""
         self.batches += 1
-        errors = {}
-        for loss in self.candidates:
+        self.rounding = max(self.rounding, _rounding(value))
+        before = self.worst or [0.0] * len(self.candidates)
+        self.worst = []
+        for loss, earlier in zip(self.candidates, before, strict=True):
             error = abs(loss.value(outputs, targets) - value) / max(abs(value), 1e-12)
-            errors[loss.name] = max(self.worst.get(loss.name, 0.0), error if math.isfinite(error) else math.inf)
-        self.worst = errors
-        best = min(errors, key=errors.__getitem__, default="")
-        self.last = f"the closest, {best}, is off by {errors[best]:.1%}" if best and errors[best] < 1 else "none is close"
+            self.worst.append(max(earlier, error if math.isfinite(error) else math.inf))
+        error, name = min(((e, loss.name) for e, loss in zip(self.worst, self.candidates, strict=True)), default=(1, ""))
+        self.last = f"the closest, {name}, is off by {error:.1%}" if error < 1 else "none is close"
 
     @property
     def match(self) -> Loss | None:
         """The candidate that agrees on every batch so far and stands out from the rest, or None."""
         if not self.worst:
             return None
-        ranked = sorted(self.candidates, key=lambda loss: self.worst[loss.name])
-        best = ranked[0]
-        if self.worst[best.name] > _TOLERANCE:
+        # By position, not by name: two losses attached to a module may differ in nothing but their class weights.
+        (error, best), *rest = sorted((error, i) for i, error in enumerate(self.worst))
+        if error > _TOLERANCE:
             return None
-        rivals = [self.worst[loss.name] for loss in ranked[1:] if loss.kind != "other"]
-        floor = max(self.worst[best.name], 1e-7)
-        return best if all(rival > _STANDS_OUT * floor for rival in rivals) else None
+        rivals = [other for other, i in rest if self.candidates[i].kind != "other"]
+        floor = max(error, self.rounding)
+        return self.candidates[best] if all(other > _STANDS_OUT * floor for other in rivals) else None
 
     @property
     def over(self) -> bool:
         """True when a match was found, or when enough batches were compared to say there is none."""
-        hopeless = bool(self.worst) and min(self.worst.values()) > _TOLERANCE and self.batches >= 3
+        hopeless = bool(self.worst) and min(self.worst) > _TOLERANCE and self.batches >= 3
         return self.match is not None or hopeless or self.batches >= _BATCHES
 
     @property
@@ -61,4 +64,14 @@ class Matching:
             return "matched"
         if not self.batches:
             return "not verified: no training loss was seen"
+        if min(self.worst, default=math.inf) <= _TOLERANCE:
+            return "not verified: several known losses give the Trainer's value; pass loss="
         return f"not verified: no known loss gives the Trainer's value ({self.last}); pass loss="
+
+
+def _rounding(value: float) -> float:
+    """Return the relative error that a loss may have from being stored: half precision if it is such a number."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if float(torch.tensor(value, dtype=dtype)) == value:
+            return torch.finfo(dtype).eps
+    return 1e-7

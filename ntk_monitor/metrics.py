@@ -32,7 +32,7 @@ SCALARS: tuple[Scalar, ...] = (
     Scalar(
         "effective_rank",
         "modes",
-        "exp(entropy of the normalised eigenvalues), from 1 to N·C: how many directions can be learned at a similar speed",
+        "exp(entropy of the normalised eigenvalues), 1 to N·C: how many directions can be learned at a similar speed",
         "one dominant (constant) mode pulls it towards 1 although many directions are alive",
     ),
     Scalar(

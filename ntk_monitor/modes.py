@@ -1,8 +1,8 @@
 """Modes: the residual in the eigenbasis of the loss-weighted kernel, and its decay between two probes in one basis.
 
-M = Sᵀ K S (n × n, n = N·C), u = S⁺ dL/df; K unnormalised, S Sᵀ the loss's curvature in the outputs with its 1/N inside.
-Gradient descent with learning rate lr multiplies the coordinate of u along eigenvector i by 1 - lr·rate_i, exactly for a
-fixed kernel and a quadratic loss (Jacot et al. 2018), to first order otherwise.
+M = Sᵀ K S (n × n, n = N·C), u = S⁺ dL/df; K unnormalised, S Sᵀ the loss's curvature in the outputs, its 1/N inside.
+Gradient descent with learning rate lr multiplies the coordinate of u along eigenvector i by 1 - lr·rate_i, exactly for
+a fixed kernel and a quadratic loss (Jacot et al. 2018), to first order otherwise.
 """
 
 from dataclasses import dataclass

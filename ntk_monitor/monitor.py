@@ -1,4 +1,4 @@
-"""Monitor: module + optimizer + probe → Snapshot. Framework-free; the one recipe behind callback, loop and command line.
+"""Monitor: module + optimizer + probe → Snapshot. Framework-free; what callback, loop and command line share.
 
 `measure` does what needs the network (kernel, outputs), `finish` what needs only numbers (modes, metrics): the loss may
 become known in between.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ntk_monitor.errors import InputError, NTKMonitorError
+from ntk_monitor.errors import InputError, LossUnknownError, NTKMonitorError
 from ntk_monitor.guard import undisturbed
 from ntk_monitor.kernel import Kernel, measured
 from ntk_monitor.losses import Loss, Terms, recognised
@@ -45,7 +45,7 @@ class Measurement:
     """Square float64 matrix, (N·C, N·C) for the full layout, (N, N) otherwise."""
     spectrum: Spectrum
     predictions: Tensor
-    """Outputs (N, C) on the probe, float64 on the CPU."""
+    """Outputs (N, ...) on the probe as the module shapes them, float64 on the CPU."""
     seconds: dict[str, float]
 
 
@@ -127,11 +127,12 @@ class Monitor:
         start = time.perf_counter()
         recipe, probe = self.recipe, self.probe
         predictions = self._predictions()
-        layout = recipe.layout(*predictions.shape)
-        if layout == "loss" and self.loss is None:
-            raise InputError(
-                f"{probe.samples} samples × {predictions.shape[1]} outputs need the kernel of the losses, and the loss "
-                'is not known; pass loss=, or outputs="trace" for the large kernel'
+        outputs = _outputs(predictions)
+        layout = recipe.layout(probe.samples, outputs)
+        if layout == "loss" and (self.loss is None or probe.targets is None):
+            raise LossUnknownError(
+                f"{probe.samples} samples × {outputs} outputs need the kernel of the losses, and the loss is "
+                f'{self.loss_status}; pass loss= and targets, or outputs="trace" for a large kernel'
             )
         kernel = measured(
             self.model,
@@ -141,7 +142,7 @@ class Monitor:
             forward=recipe.forward,
             engine=recipe.engine,
             memory_limit=recipe.memory_limit,
-            targets=self._device_targets() if layout == "loss" else None,
+            targets=probe.targets if layout == "loss" else None,
             loss=self.loss if layout == "loss" else None,
             device=recipe.device,
             seed=recipe.seed,
@@ -184,7 +185,7 @@ class Monitor:
             engine_reason=raw.kernel.reason,
             precision=f"{str(raw.kernel.jacobian_dtype).removeprefix('torch.')} Jacobian, float64 Gram",
             samples=self.probe.samples,
-            outputs=raw.predictions.shape[1],
+            outputs=_outputs(raw.predictions),
             parameters=raw.kernel.parameters,
             probe=self.probe.hash,
             probe_source=self.probe.source,
@@ -205,7 +206,7 @@ class Monitor:
             rates=modes.rates if modes else np.empty(0),
             coordinates=modes.coordinates if modes else np.empty(0),
             carried=carried,
-            predictions=raw.predictions.numpy(),
+            predictions=raw.predictions.reshape(self.probe.samples, -1).numpy(),
             labels=np.empty(0) if labels is None else labels.astype(np.float64),
             lr_steps=np.asarray(lr_steps, dtype=np.float64),
             lr_values=np.asarray(lr_values, dtype=np.float64),
@@ -234,14 +235,11 @@ class Monitor:
                 self.model, params=self.recipe.params, forward=self.recipe.forward, device=self.recipe.device
             )
             with torch.no_grad():
-                return network.outputs(network.prepared(self.probe.inputs)).double().cpu()
-
-    def _device_targets(self) -> Any:
-        return self.probe.targets
+                return network.raw(network.prepared(self.probe.inputs)).double().cpu()
 
     def _terms(self, raw: Measurement) -> tuple[Terms | None, str]:
         """Return the loss terms on the probe, or None and the reason why there are no modes."""
-        if raw.layout != "full" and raw.predictions.shape[1] > 1:
+        if raw.layout != "full" and _outputs(raw.predictions) > 1:
             return None, f"modes need the full kernel; this one is the {raw.layout} kernel"
         if self.loss is None:
             return None, f"loss {self.loss_status}"
@@ -275,6 +273,11 @@ class Monitor:
         return metrics
 
 
+def _outputs(predictions: Tensor) -> int:
+    """Return C, the number of outputs of one sample."""
+    return predictions[0].numel()
+
+
 def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     if optimizer is None:
         return []
@@ -297,7 +300,7 @@ def _square(kernel: Tensor) -> Array:
 def _mean_over_outputs(values: Array, samples: int) -> Array:
     """Return the (N, N) kernel averaged over outputs, whatever layout it came in."""
     outputs = len(values) // samples
-    return np.einsum("ncmc->nm", values.reshape(samples, outputs, samples, outputs)) / outputs
+    return np.asarray(np.einsum("ncmc->nm", values.reshape(samples, outputs, samples, outputs)) / outputs)
 
 
 def _target_features(probe: Probe) -> Array | None:

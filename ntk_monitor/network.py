@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -22,6 +23,9 @@ from ntk_monitor.shadow import Shadow, unwrapped
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 Selection: TypeAlias = Callable[[str, nn.Parameter], bool] | str | Sequence[str]
 Mode: TypeAlias = Literal["eval", "train", "live"]
+
+# Layers that drop whole residual branches, in torchvision, timm and transformers.
+_DROPS_PATHS = ("DropPath", "StochasticDepth")
 
 
 class Network:
@@ -54,9 +58,9 @@ class Network:
         mode: Mode = "eval",
         device: torch.device | str | None = None,
     ) -> None:
+        if not isinstance(module, nn.Module):
+            raise InputError(f"wanted a torch.nn.Module, got {type(module).__name__}")
         live = unwrapped(module)
-        if not isinstance(live, nn.Module):
-            raise NetworkError(f"wanted a torch.nn.Module, got {type(live).__name__}")
         if mode not in ("eval", "train", "live"):
             raise InputError(f'mode must be "eval" or "train", got {mode!r}')
         self._forward = forward or call
@@ -78,7 +82,6 @@ class Network:
             self.device = next(iter(self.parameters.values())).device
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._module.modules())
         self._live = {id(p) for p in live.parameters()}
-        self._slots = {name: list(_slots(self._module, p)) for name, p in self.parameters.items()}
 
     def _selected(self, live: nn.Module, params: Selection | None) -> dict[str, Tensor]:
         trainable = {name: p for name, p in live.named_parameters() if p.requires_grad}
@@ -115,8 +118,8 @@ class Network:
         return widest
 
     def prepared(self, inputs: Batch) -> Batch:
-        """Return the inputs on the network's device, in float32 at least where the network was promoted to it."""
-        return moved(inputs, self.device, torch.float32 if self.promoted else None)
+        """Return the inputs on the network's device, floating ones at least as wide as its parameters."""
+        return moved(inputs, self.device, self.dtype)
 
     def outputs(self, inputs: Batch) -> Tensor:
         """Return the outputs (N, C) of one pass over the whole batch, differentiable in `parameters`.
@@ -125,61 +128,42 @@ class Network:
             InputError: no usable tensor comes out, or its leading axis is not N.
             NetworkError: the output depends on live parameters that the shadow could not redirect.
         """
-        flat = self._run(inputs)
-        for leaf in _leaves(flat):
+        return _rows(self.raw(inputs))
+
+    def raw(self, inputs: Batch) -> Tensor:
+        """Return the outputs (N, ...) in the shape the module gives them, which is what a loss expects; as `outputs`."""
+        output = self._run(inputs)
+        for leaf in _leaves(output):
             if id(leaf) in self._live:
                 raise NetworkError(
                     f"{type(self._module).__name__} reaches a parameter of shape {tuple(leaf.shape)} through an object "
                     "that is no module (a helper, a partial or a global); register it as a submodule"
                 )
-        return flat
+        return output
 
     def function(self, parameters: Mapping[str, Tensor], inputs: Batch) -> Tensor:
         """Return the outputs (N, C) as a pure function of the parameters, for `torch.func` transforms."""
-        values = [(slot, parameters[name]) for name, slots in self._slots.items() for slot in slots]
-        with _Swap(values):
-            return self._run(inputs)
+        return _rows(self._run(inputs, {p: parameters[name] for name, p in self.parameters.items()}))
 
-    def _run(self, inputs: Batch) -> Tensor:
+    def _run(self, inputs: Batch, replaced: Mapping[Tensor, Tensor] = MappingProxyType({})) -> Tensor:
         with contextlib.ExitStack() as stack:
             if self._mode == "train":
                 stack.enter_context(_NoDropout())
             if self._recurrent and self.device.type == "cuda":
                 # cuDNN has no backward for recurrent layers in evaluation mode.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            output = only_tensor(self._forward(self._module, inputs))
+            output = only_tensor(self._forward(self._shadow.fresh(replaced), inputs))
         samples = size(inputs)
         if output.dim() == 0 or output.shape[0] != samples:
             raise InputError(
                 f"the output must have one row per sample (N = {samples}), got shape {tuple(output.shape)}; "
                 "pass forward=callable(module, inputs) that returns one"
             )
-        return output.reshape(samples, -1)
+        return output
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Slot:
-    """One place where a parameter hangs: a key of a module's parameters, or an index of a list attribute."""
-
-    holder: Any
-    key: Any
-
-
-class _Swap:
-    """Put other tensors into parameter slots, each slot once, and put the shadow's own back afterwards."""
-
-    def __init__(self, values: list[tuple[_Slot, Tensor]]) -> None:
-        self._values = values
-        self._before: list[tuple[_Slot, Tensor]] = []
-
-    def __enter__(self) -> None:
-        for slot, value in self._values:
-            self._before.append((slot, slot.holder[slot.key]))
-            slot.holder[slot.key] = value
-
-    def __exit__(self, *_: object) -> None:
-        for slot, value in reversed(self._before):
-            slot.holder[slot.key] = value
+def _rows(output: Tensor) -> Tensor:
+    return output.reshape(output.shape[0], -1)
 
 
 class _NoDropout(TorchFunctionMode):
@@ -244,20 +228,10 @@ def _set_training(module: nn.Module, live: nn.Module, mode: Mode) -> None:
             child.training = False
         elif not live.training:
             child.training = True
-        if isinstance(child, nn.modules.dropout._DropoutNd):
+        if isinstance(child, nn.modules.dropout._DropoutNd) or type(child).__name__.endswith(_DROPS_PATHS):
             child.training = False
-
-
-def _slots(module: nn.Module, parameter: Tensor) -> Iterator[_Slot]:
-    for child in module.modules():
-        for name, value in child._parameters.items():
-            if value is parameter:
-                yield _Slot(child._parameters, name)
-        # Recurrent layers keep their weights in a list as well.
-        for values in (v for v in vars(child).values() if type(v) is list):
-            for i, value in enumerate(values):
-                if value is parameter:
-                    yield _Slot(values, i)
+        if isinstance(child, nn.RNNBase):
+            child.dropout = 0.0
 
 
 def only_tensor(raw: Any) -> Tensor:
@@ -289,7 +263,7 @@ def _named_tensors(raw: Any, prefix: str = "") -> dict[str, Tensor]:
     elif isinstance(raw, (tuple, list)):
         items = enumerate(raw)
     elif dataclasses.is_dataclass(raw):
-        items = vars(raw).items()
+        items = [(f.name, getattr(raw, f.name)) for f in dataclasses.fields(raw)]
     found: dict[str, Tensor] = {}
     for key, value in items:
         found |= _named_tensors(value, f"{prefix}.{key}" if prefix else str(key))

@@ -4,7 +4,7 @@ Drawn once, owned (copied), hashed. Drawing touches no random state and no itera
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from ntk_monitor.batch import Batch, digest, owned, size, take
+from ntk_monitor.batch import Batch, digest, owned, size, take, tensors
 from ntk_monitor.errors import InputError
-from ntk_monitor.guard import random_state
+from ntk_monitor.guard import random_state, seeded
 
 Labels = NDArray[np.int64]
 
@@ -41,6 +41,8 @@ class Probe:
 
     def __post_init__(self) -> None:
         n = size(self.inputs)
+        if any(t.is_meta for t in [*tensors(self.inputs), *tensors(self.targets)]):
+            raise InputError("a probe must hold data, got a tensor on the meta device; pass a materialised tensor")
         if self.targets is not None and size(self.targets) != n:
             raise InputError(f"inputs and targets must hold the same samples, got {n} and {size(self.targets)}")
         if not self.hash:
@@ -55,6 +57,10 @@ class Probe:
     def labels(self) -> Labels | None:
         """Class of each sample, or None when the targets are no class labels."""
         return class_labels(self.targets) if isinstance(self.targets, Tensor) else None
+
+    def copied(self) -> "Probe":
+        """Return the same probe in memory of its own."""
+        return replace(self, inputs=owned(self.inputs), targets=owned(self.targets))
 
     @staticmethod
     def of(data: Any, samples: int, seed: int = 0) -> "Probe":
@@ -72,13 +78,18 @@ class Probe:
         if isinstance(data, Probe):
             return data
         if isinstance(data, DataLoader):
-            return draw(data.dataset, samples, seed, collate=data.collate_fn if data.batch_size else None)
+            if data.batch_sampler is None and not isinstance(data.dataset, IterableDataset):
+                raise InputError(
+                    "a probe is drawn sample by sample, got a DataLoader with batch_size=None, whose dataset yields "
+                    "whole batches; pass probe=(inputs, targets)"
+                )
+            return draw(data.dataset, samples, seed, collate=data.collate_fn)
         if isinstance(data, Dataset):
             return draw(data, samples, seed)
         if isinstance(data, Tensor):
-            return Probe(owned(data))
+            return Probe(data).copied()
         if isinstance(data, (tuple, list)) and len(data) == 2:
-            return Probe(owned(data[0]), owned(data[1]))
+            return Probe(data[0], data[1]).copied()
         if isinstance(data, Mapping):
             return from_batch(data, size(data), "given")
         raise InputError(
@@ -86,14 +97,17 @@ class Probe:
         )
 
 
+def indexable(loader: DataLoader[Any]) -> bool:
+    """True when single samples can be taken from the loader's dataset and put together by its `collate_fn`."""
+    return not isinstance(loader.dataset, IterableDataset) and loader.batch_sampler is not None
+
+
 def default_samples(outputs: int) -> int:
     """Return how many samples a probe has by default: 1024 // C, at least 64, at most 512."""
     return max(64, min(512, 1024 // max(outputs, 1)))
 
 
-def draw(
-    dataset: Any, samples: int, seed: int = 0, *, collate: Callable[[list[Any]], Any] | None = None
-) -> Probe:
+def draw(dataset: Any, samples: int, seed: int = 0, *, collate: Callable[[list[Any]], Any] | None = None) -> Probe:
     """Draw samples from a map-style dataset, proportionally stratified where class labels can be read cheaply.
 
     The dataset's own random generators and all global ones are left as they were; augmentation is frozen at this draw.
@@ -109,7 +123,7 @@ def draw(
     labels = cheap_labels(dataset)
     chosen = stratified(labels, samples, seed) if labels is not None else _random(total, samples, seed)
     with random_state(dataset, collate):
-        torch.manual_seed(seed)
+        seeded(seed)
         items = (
             dataset.__getitems__(chosen) if hasattr(dataset, "__getitems__") else [dataset[index] for index in chosen]
         )
@@ -124,9 +138,7 @@ def from_batch(batch: Any, samples: int, source: str, indices: Sequence[int] = (
     """Return the first samples of a training batch as a probe."""
     inputs, targets = split(batch)
     rows = slice(0, min(samples, size(inputs)))
-    return Probe(
-        owned(take(inputs, rows)), None if targets is None else owned(take(targets, rows)), source, tuple(indices)
-    )
+    return Probe(take(inputs, rows), take(targets, rows), source, tuple(indices)).copied()
 
 
 def split(batch: Any) -> tuple[Batch, Any]:

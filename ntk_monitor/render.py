@@ -7,6 +7,7 @@ pixels, as in plotly. Anything else in the dict is ignored, never an error.
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 _DASHES: dict[str, Any] = {"solid": "-", "dot": (0, (1, 1.6)), "dash": (0, (5, 2.5)), "dashdot": "-."}
 _VERTICAL = {"top": "upper", "middle": "center", "bottom": "lower"}
 _RIGHT: dict[str, Any] = {"loc": "center right"}
-_INK, _PALE = "#333333", "#e6e6e6"
+_INK, _PALE_INK, _PALE = "#333333", "#666666", "#e6e6e6"
 _SMALL = 500
-"""Narrower than this (pixels), the legend goes below the plot and every label shrinks a little."""
+"""Narrower than this (pixels), the legend goes below the plot and axes have fewer ticks."""
 
 
 def _plain(text: str) -> str:
@@ -38,6 +39,14 @@ def _floats(values: Sequence[Any]) -> NDArray[np.float64]:
 def _title(spec: dict[str, Any]) -> str:
     title = spec.get("title", "")
     return _plain(title.get("text", "") if isinstance(title, dict) else title)
+
+
+def _short(value: float) -> str:
+    """Return a number as plotly labels it: 20k, 1.5M, 2e-05."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.6g}{letter}"
+    return f"{value:.6g}"
 
 
 def _edges(centres: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -63,9 +72,10 @@ class _Page:
         from matplotlib.transforms import Bbox, BboxTransformTo, TransformedBbox
 
         self.layout: dict[str, Any] = spec.get("layout", {})
+        self.caption = ""
         self.canvas = canvas
         self.narrow = canvas.get_figwidth() * canvas.dpi < _SMALL
-        self.point = 72 / canvas.dpi * (0.85 if self.narrow else 1.0)
+        self.point = 72 / canvas.dpi
         self.area = Bbox.from_bounds(0.1, 0.1, 0.8, 0.8)
         self.paper = BboxTransformTo(TransformedBbox(self.area, canvas.transFigure))
         self.axes: dict[tuple[str, str], Axes] = {}
@@ -130,6 +140,10 @@ class _Page:
             least = 1 if whole else 2
             steps = [1, 2, 2.5, 5, 10]
             axis.set_major_locator(ticker.MaxNLocator(count, integer=whole, min_n_ticks=least, steps=steps))
+            largest = max(map(abs, axes.get_xlim() if letter == "x" else axes.get_ylim()))
+            if not 1e-3 <= largest < 1e4:
+                # matplotlib would write a factor such as 1e6 into the corner, where a heading may stand.
+                axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _short(value)))
             low, high = axes.get_xlim()
             if letter == "x" and high - low < 0.5:
                 # A single point: fractions of a step on the axis would be nonsense.
@@ -171,6 +185,7 @@ class _Page:
 
     def heatmap(self, trace: dict[str, Any]) -> None:
         from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.ticker import MaxNLocator
 
         axes = self.at(trace)
         z = np.array([_floats(row) for row in trace["z"]])
@@ -186,6 +201,8 @@ class _Page:
         axes.grid(visible=False)
         inset = axes.inset_axes((1.03, 0.0, 0.05, 1.0))
         bar = self.canvas.colorbar(mesh, cax=inset)
+        if self.narrow:
+            bar.locator = MaxNLocator(4)
         bar.ax.tick_params(labelsize=self.size(11), colors=_INK, length=3)
         bar.outline.set_visible(False)
         bar.set_label(_title(trace.get("colorbar", {})), fontsize=self.size(12), color=_INK)
@@ -253,6 +270,12 @@ class _Page:
         legend = self.legend()
         box = legend.get_window_extent(renderer) if legend is not None else None
         top = pad + title.get_window_extent(renderer).height + pad
+        if self.caption:
+            # A letter is about half as wide as its size.
+            lines = textwrap.wrap(self.caption, max(20, int((width - 2 * pad) / (11 * 0.52))))
+            font = {"fontsize": self.size(11), "color": _PALE_INK}
+            words = self.canvas.text(pad / width, 1 - top / height, "\n".join(lines), va="top", **font)
+            top += words.get_window_extent(renderer).height + pad
         right = pad + (box.width if box is not None and not self.narrow else 0)
         bottom = pad + (box.height if box is not None and self.narrow else 0)
         need = np.array([40.0, 40.0, 40.0, 20.0])
@@ -314,9 +337,10 @@ def _draw(page: _Page, data: Sequence[dict[str, Any]]) -> None:
     page.arrange()
 
 
-def png(figure: dict[str, Any], width: int = 960, height: int = 600, dpi: int = 110) -> bytes:
+def png(figure: dict[str, Any], width: int = 960, height: int = 600, dpi: int = 110, *, caption: bool = False) -> bytes:
     """Return a figure of `ntk_monitor.figures` as PNG bytes of exactly width × height pixels.
 
+    `caption` prints the figure's tooltip under its title, for pictures that stand alone.
     `dpi` is only written into the file; sizes are pixels. Below 500 pixels of width the layout is the small one, for
     TensorBoard's Images tab, whose cards show at most 350 pixels. Needs matplotlib; costs about a quarter of a second.
     """
@@ -325,7 +349,9 @@ def png(figure: dict[str, Any], width: int = 960, height: int = 600, dpi: int = 
 
     canvas = Canvas(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
     agg = FigureCanvasAgg(canvas)
-    _draw(_Page(figure, canvas), figure.get("data", ()))
+    page = _Page(figure, canvas)
+    page.caption = page.layout.get("meta", {}).get("tooltip", "") if caption else ""
+    _draw(page, figure.get("data", ()))
     buffer = io.BytesIO()
     agg.print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()

@@ -1,5 +1,7 @@
 """Is this engine's Jacobian the one that autograd sees? A few rows compared, before a number is shown to anybody."""
 
+import math
+
 from ntk_monitor.batch import Batch
 from ntk_monitor.engines.contract import Jacobian
 from ntk_monitor.engines.rows import RowsJacobian
@@ -23,12 +25,14 @@ def disagreement(jacobian: Jacobian, network: Network, inputs: Batch) -> str:
         for c in sorted({0, oracle.outputs - 1}):
             row = oracle.row(n, c)
             scale = sum(float(g.double().square().sum()) for g in row.values()) ** 0.5
+            if not math.isfinite(scale):
+                continue  # the weights are the problem, not the engine
             for name, gradient in row.items():
                 error = float((block[name][0, c].double() - gradient.double()).norm())
                 if not error <= worst * (scale or 1.0):
                     worst, culprit = error / (scale or 1.0), name
     tolerance = _TOLERANCE[8 if network.dtype.itemsize == 8 else 4]
-    if worst != worst or worst <= tolerance:  # NaN: the weights are the problem, not the engine
+    if worst <= tolerance:
         return ""
     return (
         f"its gradient differs from autograd's over the whole batch by {worst:.1e} of the row at {culprit} "

@@ -1,8 +1,8 @@
 """A shadow of a live module: new module objects around the same parameter storage.
 
-Forward passes run on the shadow, so whatever they do to a module (buffers, caches, counters, training flags, a Parameter
-swapped by a functional call) they do to the shadow. The live module keeps its Parameters, `.grad`, hooks and flags by
-construction, not by being repaired afterwards.
+Forward passes run on the shadow, so whatever they do to a module (buffers, caches, counters, training flags, a
+Parameter swapped by a functional call) they do to the shadow. The live module keeps its Parameters, `.grad`, hooks and
+flags by construction, not by being repaired afterwards.
 
 Parameters become new leaf tensors that share the live storage, so tensor hooks and gradient accumulators of the live
 ones never fire. Buffers and other small tensors are cloned. Code is shared.
@@ -10,12 +10,16 @@ ones never fire. Buffers and other small tensors are cloned. Code is shared.
 
 import copy
 import types
-from typing import Any
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from ntk_monitor.errors import NetworkError
+from ntk_monitor.guard import Generator
 
 # Hooks that see gradients belong to training; forward hooks may be part of the function (old-style weight_norm is one).
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -42,6 +46,18 @@ class Shadow:
         self._detached = detached
         self._memo: dict[int, Any] = {}
         self.module = self._shadow(module)
+
+    def fresh(self, replaced: Mapping[Tensor, Tensor]) -> nn.Module:
+        """Return a module in the state this shadow has now, on the same parameters but for those `replaced`.
+
+        One pass runs on each: what a forward leaves behind (counters, hidden states, tensors of a transform) is gone
+        before the next, so that every pass sees the state of the live module.
+        """
+        copied = copy.copy(self)
+        copied._promote, copied._detached = None, False
+        copied._memo = {id(p): p for p in self._memo.values() if isinstance(p, nn.Parameter)}
+        copied._memo |= {id(p): value for p, value in replaced.items()}
+        return copied._shadow(self.module)
 
     def of(self, live: nn.Module | Tensor) -> Any:
         """Return the shadow of a live module or tensor, or None when it has none."""
@@ -86,8 +102,12 @@ class Shadow:
         if type(value) is list:
             self._memo[id(value)] = items = [self._value(item) for item in value]
             return items
-        if type(value) is tuple:
-            return tuple(self._value(item) for item in value)
+        if type(value) in (tuple, set):
+            return type(value)(self._value(item) for item in value)
+        if type(value) is deque:
+            return deque((self._value(item) for item in value), value.maxlen)
+        if isinstance(value, get_args(Generator)):
+            return value.clone_state() if isinstance(value, torch.Generator) else copy.deepcopy(value)
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self._shadow(value.__self__))
         if isinstance(value, types.FunctionType) and value.__closure__:
@@ -97,7 +117,7 @@ class Shadow:
     def _dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
         try:
             new = copy.copy(value)  # keeps ordered, default and attribute dicts what they are
-        except Exception:
+        except Exception:  # noqa: BLE001 - a dict that cannot be copied is shared
             return value
         self._memo[id(value)] = new
         for key, item in value.items():
@@ -121,7 +141,7 @@ class Shadow:
         return new
 
     def _parameter(self, value: nn.Parameter) -> Tensor:
-        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+        if isinstance(value, UninitializedTensorMixin):
             raise NetworkError("a lazy parameter has no shape yet; run one forward pass before measuring")
         if nn.Parameter not in type(value).__mro__:  # DTensor and other wrappers: storage is not the values
             raise NetworkError(
@@ -139,14 +159,13 @@ class Shadow:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Look through wrappers that change only how a module runs: torch.compile, DataParallel, DistributedDataParallel."""
+    """Look through wrappers that change only how a module runs: torch.compile and data-parallel ones."""
     while True:
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            module = module.module
-        elif type(module).__name__ == "OptimizedModule" and isinstance(module._modules.get("_orig_mod"), nn.Module):
-            module = module._orig_mod
-        else:
+        name = "module" if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else "_orig_mod"
+        inner = module._modules.get(name)
+        if inner is None or (name == "_orig_mod" and type(module).__name__ != "OptimizedModule"):
             return module
+        module = inner
 
 
 def _refusal(module: nn.Module) -> str | None:

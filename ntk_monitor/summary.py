@@ -23,9 +23,9 @@ class Row:
 
 
 def _short(value: float) -> str:
-    """Return three significant digits, without an exponent between 0.001 and 100000."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{float(f'{value:.3g}'):,.10g}"
+    """Return three significant digits, without an exponent between 0.0001 and 10 million."""
+    if value == 0 or 1e-4 <= abs(value) < 1e7:
+        return f"{float(f'{value:.3g}'):,.10f}".rstrip("0").rstrip(".")
     return f"{value:.2e}"
 
 
@@ -79,6 +79,9 @@ def _size(measured: Sequence[Snapshot]) -> Iterator[Row]:
             ratio = trace / before
             word = "about as" if 0.9 <= ratio <= 1.1 else f"{_short(ratio)} times as"
             meaning = f"At the same learning rate the outputs can move {word} fast as at step {first.step}."
+            if first.step == 0 and last.mode == "eval" and ratio > 2:
+                # They start at 0 and 1; in the demo that alone makes the first trace six times too small.
+                meaning += " If there is BatchNorm, part of that is its running statistics settling."
         yield Row("trace", f"{_short(trace)} squared output units", meaning)
     if last.eigenvalues.size and math.isfinite(top := float(last.eigenvalues[0])):
         share = top / trace if math.isfinite(trace) and trace > 0 else math.nan
@@ -123,22 +126,24 @@ def _alignment(value: float) -> str:
     return "Samples that learn together tend to have different targets."
 
 
-def _change(value: float) -> str:
+def _change(value: float, since: str) -> str:
     if value < 0.01:
-        return "The kernel kept its shape since the previous probe: the network moves almost linearly (lazily)."
+        return f"The kernel kept its shape since {since}: the features hardly move. Growth does not count, see trace."
     if value < 0.2:
-        return "The kernel turned a little since the previous probe: the features are moving."
-    return "The kernel turned far since the previous probe, as it does when new features are learned."
+        return f"The kernel turned a little since {since}: the features are moving."
+    return f"The kernel turned far since {since}, as it does when new features are learned."
 
 
-def _learning(last: Snapshot) -> Iterator[Row]:
+def _learning(measured: Sequence[Snapshot]) -> Iterator[Row]:
+    last = measured[-1]
     alignment = last.metrics.get("alignment", math.nan)
     if math.isfinite(alignment):
         few = " With under 100 samples this number is noisy." if last.samples < 100 else ""
         yield Row("alignment", f"{_short(alignment)} (cosine)", _alignment(alignment) + few)
     change = last.metrics.get("kernel_change", math.nan)
     if math.isfinite(change):
-        yield Row("kernel change", f"{_short(change)} (1 - cosine)", _change(change))
+        since = f"step {measured[-2].step}" if len(measured) > 1 else "the previous probe"
+        yield Row("kernel change", f"{_short(change)} (1 - cosine)", _change(change, since))
     if math.isfinite(last.loss_value):
         how = {
             "matched": "It was identified by reproducing the value the Trainer computed.",
@@ -188,7 +193,7 @@ def rows(snapshots: Sequence[Snapshot]) -> tuple[Row, ...]:
     found = list(_probes(snapshots, measured))
     if measured:
         last = measured[-1]
-        for part in (_kernel(last), _size(measured), _shape(last), _learning(last), _residual(last), _cost(last)):
+        for part in (_kernel(last), _size(measured), _shape(last), _learning(measured), _residual(last), _cost(last)):
             found += part
     return tuple(found)
 

@@ -3,13 +3,29 @@
 numpy and torch may be missing or half installed where only the gpu tests run, so both are optional here.
 """
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 
+with contextlib.suppress(ImportError):
+    # The type checker of the Makefile's --jaxtyping-packages, which is looked up as an attribute of the package tests.
+    import tests.typechecked  # noqa: F401
+
 # Before torch is imported, and inherited by the processes that tests start. make exports it; this is for bare pytest.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Switch the run-time type checks off, for tests of what we say ourselves to arguments of the wrong type."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,1 +1,1 @@
-"""Exact routes to the same kernel. Each engine yields blocks of the Jacobian; `contract` turns blocks into the kernel."""
+"""Exact routes to the same kernel: an engine yields blocks of the Jacobian, `contract` turns them into the kernel."""

@@ -1,11 +1,11 @@
 """Kernels from blocks of a Jacobian. J is (N, C, P), K[n, c, m, d] = Σ_p J[n, c, p] J[m, d, p].
 
-Blocks come in the dtype of the network; products are accumulated in float64. A float32 Gram loses every eigenvalue below
-1e-7 of the largest and turns some negative, a float64 Gram of a float32 Jacobian keeps them (Higham 2002, chapter 3).
+Blocks come in the dtype of the network; products are accumulated in float64. A float32 Gram loses every eigenvalue
+below 1e-7 of the largest and turns some negative; a float64 Gram of a float32 Jacobian keeps them.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ Layout: TypeAlias = Literal["full", "trace", "per_output"]
 _SLAB = 2**23
 
 
+@runtime_checkable
 class Jacobian(Protocol):
     """Where blocks of a Jacobian come from."""
 

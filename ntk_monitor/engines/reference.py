@@ -1,7 +1,7 @@
 """The reference engine: `vmap(jacrev)` of torch.func, one Jacobian per sample, in chunks that fit in memory.
 
 Per sample by construction: it refuses (raises from torch.func) train-mode BatchNorm, data-dependent control flow and
-operators without a batching rule. Costs C backward passes per sample and N·C·P numbers of memory for N samples at a time.
+operators without a batching rule. Costs C backward passes per sample, and N·C·P numbers of memory.
 """
 
 import torch

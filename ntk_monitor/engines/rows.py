@@ -4,6 +4,8 @@ Works on whatever autograd works on, batch-coupled networks included: row (n, c)
 *within this batch*. Costs N·C backward passes over N samples.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,7 +29,7 @@ class RowsJacobian:
         samples = range(*rows.indices(self.samples))
         parameters = self._network.parameters
         found = {
-            name: torch.empty(len(samples), self.outputs, p.numel(), dtype=p.dtype, device=p.device)
+            name: _real(p.detach()).new_empty(len(samples), self.outputs, _real(p.detach()).numel())
             for name, p in parameters.items()
         }
         for i, n in enumerate(samples):
@@ -41,9 +43,16 @@ class RowsJacobian:
         parameters = self._network.parameters
         y = self._y[sample, output]
         if not y.requires_grad:
-            return {name: torch.zeros_like(p).flatten() for name, p in parameters.items()}
-        gradients = torch.autograd.grad(y, list(parameters.values()), retain_graph=True, allow_unused=True)
+            return {name: _real(torch.zeros_like(p)) for name, p in parameters.items()}
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            y, list(parameters.values()), retain_graph=True, allow_unused=True
+        )
         return {
-            name: (torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g).flatten()
+            name: _real(torch.zeros_like(p) if g is None else g.to_dense())
             for (name, p), g in zip(parameters.items(), gradients, strict=True)
         }
+
+
+def _real(gradient: Tensor) -> Float[Tensor, " p"]:
+    """Return a gradient as one real vector: a complex parameter counts as its real and its imaginary part."""
+    return torch.view_as_real(gradient.resolve_conj()).flatten() if gradient.is_complex() else gradient.flatten()

@@ -1,0 +1,377 @@
+"""NTKMonitor inside a real Trainer: what it records, when, where, and what a resumed run goes on with."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import ntk_monitor as ntk
+from ntk_monitor.callbacks import NTKMonitor
+from ntk_monitor.errors import InputError
+from ntk_monitor.metrics import NAMES
+from ntk_monitor.say import NTKWarning
+from tests.modules import Classifier, cnn, digits, loader, mlp
+from tests.training import seeded, trainer
+
+
+def fit(root: Path, callback: Any, module: L.LightningModule | None = None, **options: Any) -> L.Trainer:
+    seeded()
+    data = options.pop("data", loader(digits()))
+    callbacks = [callback, *options.pop("also", [])]
+    run = trainer(root, callbacks, **{"max_steps": 12, "max_epochs": -1, **options})
+    run.fit(module or Classifier(mlp()), data)
+    return run
+
+
+def history(root: Path, **options: Any) -> ntk.History:
+    return ntk.load_history(root / "lightning_logs" / "version_0", **options)
+
+
+def tensorboard(root: Path) -> TensorBoardLogger:
+    return TensorBoardLogger(root)
+
+
+def test_zero_configuration_measures_digits(tmp_path: Path) -> None:
+    fit(tmp_path, NTKMonitor(), logger=tensorboard(tmp_path))
+    found = history(tmp_path)
+    first, last = found[0], found[-1]
+    assert (first.step, last.step) == (0, 12)
+    assert first.samples == 102  # 1024 // 10 outputs
+    assert first.kernel == "full"
+    assert first.loss == "cross_entropy(mean)"
+    assert first.loss_status == "matched"
+    assert first.residual_energy.sum() == pytest.approx(1)
+    assert "stratified" in first.probe_source
+    assert last.loss_value < first.loss_value
+
+
+def test_cadence_counts_optimizer_steps_not_batches(tmp_path: Path) -> None:
+    fit(
+        tmp_path,
+        NTKMonitor(probe=8, every_n_steps=5),
+        logger=tensorboard(tmp_path),
+        accumulate_grad_batches=3,
+        data=loader(digits(), batch=16),
+    )
+    assert list(history(tmp_path).steps) == [0, 5, 10, 12]
+
+
+def test_loss_is_matched_under_accumulation_dropout_and_batchnorm(tmp_path: Path) -> None:
+    callback = NTKMonitor(probe=8, every_n_steps=50)
+    fit(tmp_path, callback, Classifier(cnn()), logger=tensorboard(tmp_path), accumulate_grad_batches=2)
+    assert {s.loss_status for s in history(tmp_path)} == {"matched"}
+
+
+def test_scalars_reach_every_logger(tmp_path: Path) -> None:
+    csv = CSVLogger(tmp_path / "csv")
+    fit(tmp_path, NTKMonitor(probe=16, every_n_steps=4), logger=[tensorboard(tmp_path), csv], log_every_n_steps=1)
+    header = (Path(csv.log_dir) / "metrics.csv").read_text().splitlines()[0]
+    assert {f"ntk/{name}" for name in NAMES} <= set(header.split(","))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), size_guidance={"tensors": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {f"ntk/{name}" for name in NAMES} <= scalars
+    assert [e.step for e in events.Scalars("ntk/trace")] == [0, 4, 8, 12]
+    assert {"ntk/log10_eigenvalues", "ntk/gram"} <= set(events.Tags()["tensors"])
+
+
+def test_gram_is_stored_at_most_every_gram_every_probes(tmp_path: Path) -> None:
+    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=2, gram_every=3), logger=tensorboard(tmp_path))
+    assert [bool(s.gram.size) for s in history(tmp_path)] == [True, False, False, True, False, False, True]
+
+
+def test_csv_logger_alone_gets_an_event_file_beside_it(tmp_path: Path) -> None:
+    csv = CSVLogger(tmp_path / "csv")
+    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4), logger=csv)
+    assert list(ntk.load_history(csv.log_dir).steps) == [0, 4, 8, 12]
+
+
+def test_no_logger_writes_nothing_but_measures(tmp_path: Path) -> None:
+    callback = NTKMonitor(probe=8, every_n_steps=4)
+    run = fit(tmp_path, callback, logger=False)
+    assert callback.last is not None
+    assert callback.last.step == 12
+    assert not list(tmp_path.rglob("*tfevents*"))
+    assert float(run.callback_metrics["ntk/trace"]) == pytest.approx(callback.last.metrics["trace"])
+
+
+def test_no_logger_with_log_dir_writes_there(tmp_path: Path) -> None:
+    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4, log_dir=str(tmp_path / "here")), logger=False)
+    assert list(ntk.load_history(tmp_path / "here").steps) == [0, 4, 8, 12]
+
+
+def test_fast_dev_run_leaves_no_file(tmp_path: Path) -> None:
+    callback = NTKMonitor(probe=8)
+    fit(tmp_path, callback, fast_dev_run=True, max_steps=-1, max_epochs=1)
+    assert callback.last is not None
+    assert not list(tmp_path.rglob("*tfevents*"))
+
+
+def test_learning_rates_of_every_group_are_those_used(tmp_path: Path) -> None:
+    class Scheduled(Classifier):
+        def configure_optimizers(self) -> Any:
+            groups = [
+                {"params": list(self.net.parameters())[:2], "lr": 0.1},
+                {"params": list(self.net.parameters())[2:]},
+            ]
+            optimizer = torch.optim.SGD(groups, lr=0.2)
+            halve = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": halve, "interval": "step"}}
+
+    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4), Scheduled(mlp()), logger=tensorboard(tmp_path), max_steps=8)
+    steps, rates = history(tmp_path).learning_rates
+    assert list(steps) == [0, 3, 6]
+    assert np.allclose(rates, [[0.1, 0.2], [0.05, 0.1], [0.025, 0.05]])
+
+
+def test_metrics_serve_early_stopping_and_checkpoints(tmp_path: Path) -> None:
+    stop = EarlyStopping("ntk/effective_rank", patience=1, min_delta=1e9, mode="max", check_on_train_epoch_end=True)
+    keep = ModelCheckpoint(tmp_path / "kept", monitor="ntk/trace", mode="max", save_top_k=1, every_n_epochs=1)
+    run = fit(
+        tmp_path,
+        NTKMonitor(probe=8, every_n_steps=5),
+        also=[stop, keep],
+        enable_checkpointing=True,
+        max_steps=-1,
+        max_epochs=6,
+    )
+    assert run.current_epoch < 6  # an impossible improvement was asked for, so it stopped
+    assert keep.best_model_path
+
+
+def test_every_key_is_finite_even_when_no_probe_succeeds(tmp_path: Path) -> None:
+    class Broken(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * float("nan")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(batch[0]).square().mean()  # type: ignore[no-any-return]
+
+    with pytest.warns(NTKWarning, match=r"skipped|rests"):
+        run = fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4), Broken(mlp()))
+    assert all(torch.isfinite(run.callback_metrics[f"ntk/{name}"]) for name in NAMES)
+    assert run.global_step == 12
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Any:
+        return iter(digits(64))
+
+
+def test_streamed_data_give_their_first_batch(tmp_path: Path) -> None:
+    callback = NTKMonitor(every_n_steps=2)
+    fit(tmp_path, callback, data=DataLoader(Stream(), 16), max_steps=4, logger=tensorboard(tmp_path))
+    found = history(tmp_path)
+    assert found[0].step == 0
+    assert found[0].samples == 16
+    assert found[0].probe_source == "the first training batch"
+    assert found[0].loss_status == "matched"
+
+
+def test_dict_batches_and_a_module_without_forward(tmp_path: Path) -> None:
+    class Records(Dataset[dict[str, Tensor]]):
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            x, y = digits()[index]
+            return {"image": x, "label": y}
+
+    class Bare(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch["image"]), batch["label"])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    fit(tmp_path, NTKMonitor(every_n_steps=4), Bare(), data=DataLoader(Records(), 16), logger=tensorboard(tmp_path))
+    assert history(tmp_path)[-1].loss_status == "matched"
+
+
+def test_regression_matches_mse_and_counts_are_no_classes(tmp_path: Path) -> None:
+    class Regressor(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.mse_loss(self(batch[0]).squeeze(1), batch[1])
+
+    data = TensorDataset(torch.randn(96, 5), torch.arange(96).float())
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    fit(tmp_path, NTKMonitor(every_n_steps=4), Regressor(net), data=loader(data), logger=tensorboard(tmp_path))
+    last = history(tmp_path)[-1]
+    assert (last.loss, last.loss_status, last.labels.size) == ("mse(mean)", "matched", 0)
+    assert last.samples == 96  # the default of 512 takes the whole set
+
+
+def test_unknown_loss_is_labelled_and_only_modes_stay_off(tmp_path: Path) -> None:
+    class Odd(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) ** 1.5 + 0.3
+
+    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4), Odd(mlp()), logger=tensorboard(tmp_path))
+    for snapshot in history(tmp_path):
+        assert snapshot.loss_status.startswith("not verified")
+        assert "pass loss=" in snapshot.modes_reason
+        assert snapshot.rates.size == 0
+        assert snapshot.rank > 0
+
+
+def test_a_given_loss_is_used_as_given(tmp_path: Path) -> None:
+    fit(tmp_path, NTKMonitor(probe=8, loss=nn.CrossEntropyLoss(label_smoothing=0.1)), logger=tensorboard(tmp_path))
+    last = history(tmp_path)[-1]
+    assert (last.loss, last.loss_status) == ("cross_entropy(mean, label_smoothing=0.1)", "given")
+    assert last.rates.size == 80
+
+
+def test_many_outputs_use_the_kernel_of_the_losses(tmp_path: Path) -> None:
+    callback = NTKMonitor(probe=256, every_n_steps=6, loss="cross_entropy")
+    fit(tmp_path, callback, logger=tensorboard(tmp_path))
+    last = history(tmp_path)[-1]
+    assert last.kernel == "loss"
+    assert last.eigenvalues.size == 256
+    assert "full kernel" in last.modes_reason
+
+
+def test_carried_modes_use_the_basis_of_the_previous_probe(tmp_path: Path) -> None:
+    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4), logger=tensorboard(tmp_path))
+    found = history(tmp_path)
+    assert found[0].previous_step is None
+    assert [s.previous_step for s in found][1:] == [0, 4, 8]
+    assert found[1].carried.size == found[0].coordinates.size
+
+
+def resumed(root: Path, first: NTKMonitor, second: NTKMonitor) -> tuple[Path, Path]:
+    checkpoint = root / "at6.ckpt"
+    run = fit(root, first, logger=tensorboard(root), max_steps=6)
+    run.save_checkpoint(checkpoint)
+    seeded()
+    again = trainer(root, [second], max_steps=12, max_epochs=-1, logger=tensorboard(root))
+    again.fit(Classifier(mlp()), loader(digits()), ckpt_path=checkpoint)
+    versions = sorted((root / "lightning_logs").iterdir())
+    return versions[0], versions[1]
+
+
+RESUMED = "ignore:You're resuming from a checkpoint that ended before the epoch ended"
+
+
+@pytest.mark.filterwarnings(RESUMED)
+def test_a_resumed_run_continues_the_same_history(tmp_path: Path) -> None:
+    before, after = resumed(tmp_path, NTKMonitor(probe=16, every_n_steps=3), NTKMonitor(probe=16, every_n_steps=3))
+    both = ntk.load_history(before, after)
+    assert list(both.steps) == [0, 3, 6, 9, 12]
+    assert len({s.probe for s in both}) == 1
+    assert ntk.load_history(after)[0].loss_status == "matched"
+
+
+@pytest.mark.filterwarnings(RESUMED)
+def test_resuming_keeps_the_probe_even_when_the_data_are_gone(tmp_path: Path) -> None:
+    x, y = torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,))
+    given = NTKMonitor(probe=(x, y), every_n_steps=3)
+    before, after = resumed(tmp_path, given, NTKMonitor(every_n_steps=3))
+    assert len({s.probe for s in ntk.load_history(before, after)}) == 1
+
+
+def test_two_monitors_have_two_histories(tmp_path: Path) -> None:
+    trace = NTKMonitor(probe=8, every_n_steps=6, outputs="trace", log_prefix="ntk_trace")
+    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=6), also=[trace], logger=tensorboard(tmp_path))
+    assert history(tmp_path, prefix="ntk")[0].kernel == "full"
+    assert history(tmp_path, prefix="ntk_trace")[0].kernel == "trace"
+
+
+def test_two_optimizers_in_manual_optimisation(tmp_path: Path) -> None:
+    class Manual(Classifier):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__(net)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                loss = F.cross_entropy(self(batch[0]), batch[1])
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            half = list(self.parameters())
+            return torch.optim.SGD(half[:2], lr=0.1), torch.optim.SGD(half[2:], lr=0.2)
+
+    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4), Manual(mlp()), logger=tensorboard(tmp_path))
+    found = history(tmp_path)
+    assert list(found.steps) == [0, 4, 8, 12]
+    assert "returned no loss" in found[0].loss_status
+    assert np.allclose(found.learning_rates[1], [[0.1, 0.2]])
+
+
+def test_pytorch_lightning_trainer_takes_it_too(tmp_path: Path) -> None:
+    program = f"""
+import warnings; warnings.simplefilter("ignore")
+import pytorch_lightning as pl, torch
+from torch.utils.data import DataLoader, TensorDataset
+from ntk_monitor.callbacks import NTKMonitor
+class M(pl.LightningModule):
+    def __init__(self):
+        super().__init__(); self.net = torch.nn.Linear(4, 2)
+    def forward(self, x): return self.net(x)
+    def training_step(self, b, i): return torch.nn.functional.cross_entropy(self(b[0]), b[1])
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.1)
+data = DataLoader(TensorDataset(torch.randn(32, 4), torch.arange(32) % 2), 8)
+monitor = NTKMonitor(every_n_steps=2)
+pl.Trainer(max_epochs=1, callbacks=[monitor], logger=False, accelerator="cpu", enable_checkpointing=False,
+           enable_progress_bar=False, enable_model_summary=False, default_root_dir={str(tmp_path)!r}).fit(M(), data)
+assert isinstance(monitor, pl.Callback)
+print(monitor.last.status, monitor.last.step, monitor.last.loss_status)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split() == ["measured", "4", "matched"], done.stderr[-2000:]
+
+
+def test_lightning_cli_reads_every_option_from_yaml(tmp_path: Path) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(NTKMonitor, "monitor", fail_untyped=True)
+    config = tmp_path / "config.yaml"
+    config.write_text("every_n_steps: 7\noutputs: trace\nforward: torch.nn.functional.relu\nparams: [a, b]\n")
+    parsed = parser.instantiate(parser.parse_args([f"--monitor={config}"]))
+    assert parsed.monitor.recipe.every_n_steps == 7
+    assert parsed.monitor.recipe.outputs == "trace"
+    assert parsed.monitor.recipe.forward is F.relu
+    assert list(parsed.monitor.recipe.params) == ["a", "b"]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps"),
+        ({"max_overhead": 0}, "max_overhead"),
+        ({"outputs": "diagonal"}, "outputs"),
+        ({"engine": "magic"}, "engine"),
+        ({"gram_every": -1}, "gram_every"),
+        ({"memory_limit": 0}, "memory_limit"),
+        ({"forward": 3}, "forward"),
+        ({"log_prefix": ""}, "log_prefix"),
+        ({"probe": 0}, "probe"),
+        ({"probe": "digits"}, "probe"),
+        ({"probe": (torch.empty(0, 3), torch.empty(0))}, "at least one sample"),
+        ({"probe": (torch.ones(4, 3), torch.ones(3))}, "same samples"),
+        ({"loss": "focal"}, "unknown loss"),
+    ],
+)
+def test_bad_options_are_refused_at_the_door(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        NTKMonitor(**options)
