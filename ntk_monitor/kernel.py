@@ -199,7 +199,8 @@ def _headed(forward: Forward | None, outputs: str, loss: Any) -> Forward:
     if outputs == "sum":
 
         def total(module: nn.Module, inputs: Batch) -> Tensor:
-            f = only_tensor(base(module, inputs)).flatten(1)
+            f = only_tensor(base(module, inputs))
+            f = f.reshape(len(f), -1)
             return f.sum(dim=1, keepdim=True) / math.sqrt(f.shape[1])
 
         return total

@@ -131,7 +131,7 @@ class Network:
         return _rows(self.raw(inputs))
 
     def raw(self, inputs: Batch) -> Tensor:
-        """Return the outputs (N, ...) in the shape the module gives them, which is what a loss expects; as `outputs`."""
+        """Return the outputs (N, ...) in the shape the module gives them, which is what a loss expects."""
         output = self._run(inputs)
         for leaf in _leaves(output):
             if id(leaf) in self._live:

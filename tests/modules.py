@@ -112,7 +112,8 @@ class TwoPaths(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.body(x)
-        return y + 0.1 * self.trunk(x.flatten(1))[:, :10]
+        again: Tensor = self.trunk(x.flatten(1))
+        return y + 0.1 * again[:, :10]
 
 
 class Tied(nn.Module):
@@ -130,7 +131,8 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.encode(x.flatten(1)))
-        return (self.mix(h) + torch.tanh(self.again(h)) + self.decode(h)) @ self.head
+        y: Tensor = (self.mix(h) + torch.tanh(self.again(h)) + self.decode(h)) @ self.head
+        return y
 
 
 class Recurrent(nn.Module):

@@ -1,6 +1,5 @@
 """Slow, obvious float64 twins: double loops that anybody can check by reading."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,24 +7,18 @@ import torch
 from torch import Tensor, nn
 
 
-def jacobian(
-    model: nn.Module, inputs: Any, *, forward: Callable[[nn.Module, Any], Tensor] | None = None, per_sample: bool = True
-) -> dict[str, Tensor]:
+def rows(model: nn.Module, outputs: Tensor) -> dict[str, Tensor]:
     """Gradients of every output of every sample, one `autograd.grad` each: name → (N, C, p)."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    call = forward or (lambda m, x: m(x))
-    n_samples = len(inputs)
-    rows: dict[str, list[list[Tensor]]] = {name: [] for name in parameters}
-    for n in range(n_samples):
-        y = call(model, inputs[n : n + 1])[0] if per_sample else call(model, inputs)[n]
-        y = y.reshape(-1)
-        for name in rows:
-            rows[name].append([])
-        for c in range(len(y)):
-            grads = torch.autograd.grad(y[c], list(parameters.values()), retain_graph=True, allow_unused=True)
+    found: dict[str, list[list[Tensor]]] = {name: [] for name in parameters}
+    for sample in outputs:
+        for name in found:
+            found[name].append([])
+        for value in sample.reshape(-1):
+            grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
             for (name, p), g in zip(parameters.items(), grads, strict=True):
-                rows[name][-1].append(torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1).clone())
-    return {name: torch.stack([torch.stack(r) for r in value]) for name, value in rows.items()}
+                found[name][-1].append((torch.zeros_like(p) if g is None else g.to_dense()).reshape(-1))
+    return {name: torch.stack([torch.stack(r) for r in value]) for name, value in found.items()}
 
 
 def ntk(left: dict[str, Tensor], right: dict[str, Tensor] | None = None) -> Tensor:

@@ -122,10 +122,8 @@ def test_fast_dev_run_leaves_no_file(tmp_path: Path) -> None:
 def test_learning_rates_of_every_group_are_those_used(tmp_path: Path) -> None:
     class Scheduled(Classifier):
         def configure_optimizers(self) -> Any:
-            groups = [
-                {"params": list(self.net.parameters())[:2], "lr": 0.1},
-                {"params": list(self.net.parameters())[2:]},
-            ]
+            weights = list(self.net.parameters())
+            groups: list[dict[str, Any]] = [{"params": weights[:2], "lr": 0.1}, {"params": weights[2:]}]
             optimizer = torch.optim.SGD(groups, lr=0.2)
             halve = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": halve, "interval": "step"}}

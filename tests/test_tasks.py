@@ -102,7 +102,8 @@ class TinyLanguageModel(nn.Module):
         x = self.embed(tokens)
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         x = self.norm(x + self.attend(x, x, x, attn_mask=mask, need_weights=False)[0])
-        return x @ self.embed.weight.T
+        logits: Tensor = x @ self.embed.weight.T
+        return logits
 
 
 def test_language_model(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ class GAN(L.LightningModule):
         self.critic = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        first, second = self.optimizers()  # type: ignore[misc]
+        first, second = self.optimizers()  # type: ignore[attr-defined]
         fake = self.generator(torch.randn(len(batch[0]), 4))
         for optimizer, loss in (
             (first, -self.critic(fake).mean()),

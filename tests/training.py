@@ -55,7 +55,7 @@ def outcome(module: L.LightningModule, run: L.Trainer) -> dict[str, str]:
         "losses": state_hash(getattr(module, "losses", [])),
         "flags": state_hash([m.training for m in module.modules()]),
         "torch": state_hash(torch.get_rng_state()),
-        "numpy": state_hash(np.random.get_state()[1]),
+        "numpy": state_hash(np.random.get_state(legacy=False)),
         "python": state_hash(random.getstate()),
     }
 

@@ -1,0 +1,1 @@
+"""What users wait for, timed: `python -m tests.benchmarks.run`, or `make bench`."""

@@ -1,0 +1,97 @@
+"""One method in its own process, so that peak memory is its own. Reads quantities from stdin, one per line, answers in JSON.
+
+Not started by hand: `run.py` starts several and gives them turns.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import reference
+from tests.benchmarks.workloads import problem, runs
+
+CHECKED = 6
+"""The float64 twin is computed for this many samples; an entry of the kernel depends on two samples only."""
+
+
+class Memory:
+    """Peak memory above what the process held before: of the GPU when there is one, else resident memory (Linux)."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._baseline = torch.cuda.memory_allocated() if self._cuda else _status("VmRSS")
+
+    def reset(self) -> None:
+        """Forget earlier peaks."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> float:
+        """Return megabytes."""
+        peak = torch.cuda.max_memory_allocated() if self._cuda else _status("VmHWM")
+        return max(0.0, (peak - self._baseline) / 2**20)
+
+
+def _status(name: str) -> int:
+    """Return a line of /proc/self/status in bytes, 0 where there is none."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
+
+
+def _clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _error(kernel: Tensor, quantity: str, name: str, device: str) -> float:
+    """Return max|K - K₆₄| / max|K₆₄| over the first samples."""
+    model, x = problem(name, len(kernel), device)
+    exact = reference.ntk(reference.jacobian(model.double().cpu(), x[:CHECKED].double().cpu()))
+    got = kernel[:CHECKED, :CHECKED].cpu()
+    if quantity == "trace":
+        exact = torch.einsum("ncmc->nm", exact)
+    else:
+        got = kernel[:CHECKED, :, :CHECKED].cpu()
+    return float((got - exact).abs().max() / exact.abs().max())
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def main(name: str, samples: str, method: str, device: str) -> None:
+    """Warm up on two samples, then run what stdin asks for until it closes."""
+    for run in runs(method, *problem(name, 2, device)).values():
+        run()
+    model, x = problem(name, int(samples), device)
+    work = runs(method, model, x)
+    memory = Memory(device)
+    checked: dict[str, float] = {}
+    _say({"ready": True, "parameters": sum(p.numel() for p in model.parameters())})
+    for line in sys.stdin:
+        quantity = line.strip()
+        memory.reset()
+        start = _clock(device)
+        kernel = work[quantity]()
+        answer = {"seconds": _clock(device) - start, "peak_mb": memory.peak()}
+        if kernel is not None:
+            # The answer comes first: the check is slow, and no part of what is timed.
+            if quantity not in checked:
+                checked[quantity] = _error(kernel, quantity, name, device)
+            answer["error"] = checked[quantity]
+        _say(answer)
+        del kernel
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
