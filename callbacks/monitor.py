@@ -5,6 +5,7 @@ warning and a recorded skip.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from torch import Tensor
@@ -171,7 +172,7 @@ class NTKMonitor(Base):
         """Return what a resumed run needs to go on with the same history: the probe, the last step, the loss."""
         monitor = self.monitor
         if monitor is None:
-            return {}
+            return dict(self._restored)
         probe, last_step = monitor.probe, monitor.schedule.last_step
         state = {"version": 1, "hash": probe.hash, "indices": list(probe.indices), "source": probe.source}
         state |= {"last_step": last_step, "probes": monitor.probes}
@@ -199,6 +200,8 @@ class NTKMonitor(Base):
             self._rest(f"{type(error).__name__}: {error}")
 
     def _rest(self, reason: str) -> None:
+        with suppress(Exception):
+            self._settle()  # what was measured is kept
         self._resting = reason
         self.monitor = self._matching = None
         say(f"the monitor rests for the remainder of this run, training goes on: {reason}")
@@ -220,6 +223,7 @@ class NTKMonitor(Base):
             self.monitor.probes = self._restored["probes"]
         elif self._restored:
             say("the probe of the interrupted run could not be restored: its history and this one are not comparable")
+        self._restored = {}
         if self.recipe.loss is None:
             self._matching = Matching(candidates(pl_module))
         if self.monitor.due(trainer.global_step):

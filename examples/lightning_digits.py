@@ -41,7 +41,7 @@ class Classifier(pl.LightningModule):
 
 
 def main(epochs: int = 10, out: str | Path = "runs/lightning_digits") -> ntk.History:
-    pl.seed_everything(0, verbose=False)
+    torch.manual_seed(0)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32) / 16
     data = DataLoader(TensorDataset(images, torch.tensor(digits.target)), batch_size=64, shuffle=True)

@@ -46,7 +46,7 @@ def standardised(values: Tensor) -> Tensor:
 
 
 def main(epochs: int = 60, out: str | Path = "runs/regression_diabetes") -> list[float]:
-    pl.seed_everything(0, verbose=False)
+    torch.manual_seed(0)
     features, targets = load_diabetes(return_X_y=True)
     x = standardised(torch.tensor(features, dtype=torch.float32))
     y = standardised(torch.tensor(targets, dtype=torch.float32).unsqueeze(1))

@@ -161,9 +161,12 @@ class Shadow:
 def unwrapped(module: nn.Module) -> nn.Module:
     """Look through wrappers that change only how a module runs: torch.compile and data-parallel ones."""
     while True:
-        name = "module" if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else "_orig_mod"
-        inner = module._modules.get(name)
-        if inner is None or (name == "_orig_mod" and type(module).__name__ != "OptimizedModule"):
+        inner = None
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = module._modules["module"]
+        elif type(module).__name__ == "OptimizedModule":
+            inner = module._modules.get("_orig_mod")
+        if inner is None:
             return module
         module = inner
 

@@ -105,9 +105,9 @@ def test_cadence_in_a_plain_loop() -> None:
 def test_failure_is_a_record_unless_strict() -> None:
     model, optimizer, data = linear(6, 2)
     with torch.no_grad():
-        model.weight.fill_(float("nan"))
-    with pytest.warns(NTKWarning, match=r"probe at step 3 skipped: the kernel must be finite|NaN"):
-        model = nn.Sequential(model, nn.Tanh())
+        next(model.parameters()).fill_(float("nan"))
+    model = nn.Sequential(model, nn.Tanh())
+    with pytest.warns(NTKWarning, match="probe at step 3 skipped: the kernel must be finite"):
         snapshot = ntk.Monitor(model, optimizer, data, "mse").snapshot(3)
     assert (snapshot.status, snapshot.step) == ("skipped", 3)
     assert snapshot.eigenvalues.size == 0

@@ -21,6 +21,7 @@ from ntk_monitor.recorder import Recorder
 from ntk_monitor.records import records
 from ntk_monitor.stock import histogram_value, image_value, scalar_value
 from tests.probes import probe
+from tests.snapshots import training
 
 
 def _png() -> bytes:
@@ -44,37 +45,38 @@ def _buckets(values: Any, **options: Any) -> Any:
     return tensor_util.make_ndarray(histogram_value("h", values, **options).tensor)
 
 
-def test_extra_values_share_the_event_of_the_probe(tmp_path: Path) -> None:
+def test_everything_of_a_probe_shares_one_event(tmp_path: Path) -> None:
     extra = [
-        histogram_value("ntk/eigenvalues_log10", [-1.0, 0.0, 1.0]),
-        image_value("ntk/gram", _png(), 1, 1, description="mean over outputs"),
-        scalar_value("ntk/trace", 3.5),
+        histogram_value("mine/h", [-1.0, 0.0, 1.0]),
+        image_value("mine/i", _png(), 1, 1, description="one grey pixel"),
+        scalar_value("mine/s", 1e300),
     ]
     with Recorder(tmp_path) as recorder:
-        recorder.write(probe(5), extra=extra)
-    assert len(list(records(recorder.path))) == 2
+        recorder.write(training(12, 3, 1)[0], extra=extra)
+    assert len(list(records(recorder.path))) == 2  # the file's header and the probe
     reader = _reader(tmp_path)
-    assert set(reader.PluginTagToContent("histograms")) == {"ntk/eigenvalues_log10"}
-    assert set(reader.PluginTagToContent("images")) == {"ntk/gram"}
-    assert set(reader.PluginTagToContent("scalars")) == {"ntk/trace"}
-    (event,) = reader.Tensors("ntk/eigenvalues_log10")
+    assert set(reader.PluginTagToContent("histograms")) == {"ntk/log10_eigenvalues", "mine/h"}
+    assert set(reader.PluginTagToContent("images")) == {"ntk/gram", "mine/i"}
+    assert {"ntk/trace", "ntk/effective_rank", "mine/s"} <= set(reader.PluginTagToContent("scalars"))
+    (event,) = reader.Tensors("mine/h")
     assert tensor_util.make_ndarray(event.tensor_proto).shape == (48, 3)
-    (event,) = reader.Tensors("ntk/gram")
+    (event,) = reader.Tensors("mine/i")
     assert tensor_util.make_ndarray(event.tensor_proto).tolist() == [b"1", b"1", _png()]
-    assert reader.SummaryMetadata("ntk/gram").summary_description == "mean over outputs"
-    assert load_history(tmp_path)[0].step == 5
+    assert reader.SummaryMetadata("mine/i").summary_description == "one grey pixel"
+    assert tensor_util.make_ndarray(reader.Tensors("mine/s")[0].tensor_proto) == np.inf
+    assert len(load_history(tmp_path)) == 1
 
 
 def test_scalars_reach_the_scalar_dashboard_with_their_meaning(tmp_path: Path) -> None:
+    made = training(12, 3, 3)
     with Recorder(tmp_path) as recorder:
-        recorder.scalars({"trace": 2.0, "mine": 1e300}, 3, wall_time=17.0)
-        recorder.scalars({"trace": 4.0}, 9, prefix="ntk")
+        for snapshot in made:
+            recorder.write(snapshot, "mine")
     reader = _reader(tmp_path)
-    read = reader.Tensors("ntk/trace")
-    assert [(event.step, tensor_util.make_ndarray(event.tensor_proto).item()) for event in read] == [(3, 2.0), (9, 4.0)]
-    assert read[0].wall_time == 17.0
-    assert "unit: squared output units" in reader.SummaryMetadata("ntk/trace").summary_description
-    assert tensor_util.make_ndarray(reader.Tensors("ntk/mine")[0].tensor_proto) == np.inf
+    read = [(event.step, tensor_util.make_ndarray(event.tensor_proto).item()) for event in reader.Tensors("mine/trace")]
+    assert read == [(snapshot.step, pytest.approx(snapshot.metrics["trace"], rel=1e-6)) for snapshot in made]
+    assert reader.Tensors("mine/trace")[0].wall_time == made[0].wall_time
+    assert "unit: squared output units" in reader.SummaryMetadata("mine/trace").summary_description
 
 
 def test_stock_values_name_their_data_class() -> None:

@@ -9,7 +9,7 @@ import random
 from beartype import BeartypeConf, beartype
 from beartype._check.code import codemain
 
-codemain.getrandbits = random.Random(0).getrandbits
+codemain.getrandbits = random.Random(0).getrandbits  # type: ignore[attr-defined]
 
 # An int where a float is wanted is right (PEP 484).
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))

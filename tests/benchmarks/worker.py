@@ -1,6 +1,6 @@
-"""One method in its own process, so that peak memory is its own. Reads quantities from stdin, one per line, answers in JSON.
+"""One method in its own process, so that peak memory is its own. `run.py` starts several and gives them turns.
 
-Not started by hand: `run.py` starts several and gives them turns.
+Reads the quantity to compute from stdin, one per line, and answers each with a line of JSON.
 """
 
 import json
@@ -85,7 +85,6 @@ def main(name: str, samples: str, method: str, device: str) -> None:
         kernel = work[quantity]()
         answer = {"seconds": _clock(device) - start, "peak_mb": memory.peak()}
         if kernel is not None:
-            # The answer comes first: the check is slow, and no part of what is timed.
             if quantity not in checked:
                 checked[quantity] = _error(kernel, quantity, name, device)
             answer["error"] = checked[quantity]

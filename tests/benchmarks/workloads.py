@@ -4,6 +4,7 @@ N samples, C outputs, P parameters. Weights and inputs are random; the cost of a
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,14 @@ Run = Callable[[], Tensor | None]
 def mlp() -> nn.Module:
     """P = 562,698: wide layers on few features, where the Jacobian is far larger than the activations."""
     widths = (64, 512, 512, 512)
-    hidden = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(512, 10))
 
 
 def cnn() -> nn.Module:
     """P = 56,970: convolutions at full resolution, where the forward and backward passes are what costs."""
     widths = (3, 32, 64, 64)
-    hidden = [
-        layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())
-    ]
+    hidden = [layer for a, b in pairwise(widths) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
     return nn.Sequential(*hidden, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
@@ -59,9 +58,7 @@ def runs(method: str, model: nn.Module, x: Tensor) -> dict[str, Run]:
     if method == "step":
         return {"monitor": training_step(model, x)}
     if method == "probe":
-        classes = torch.arange(len(x), device=x.device) % 10
-        monitor = ntk.Monitor(model, None, (x, classes), "cross_entropy", gram_every=0, strict=True)
-        return {"monitor": lambda: (monitor.snapshot(monitor.probes), None)[1]}
+        return {"monitor": probe(model, x)}
     return {
         "trace": lambda: ntk.empirical_ntk(model, x, outputs="trace", engine=method),
         "full": lambda: ntk.empirical_ntk(model, x, outputs="full", engine=method),
@@ -76,9 +73,10 @@ def backwards(model: nn.Module, x: Tensor) -> None:
 
 
 def training_step(model: nn.Module, x: Tensor) -> Run:
-    """One step of the demo's training: forward, cross-entropy, backward, AdamW."""
+    """One step of the demo's training on a batch of 64: forward, cross-entropy, backward, AdamW."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters())
+    x = x[:64]
     classes = torch.arange(len(x), device=x.device) % 10
 
     def step() -> None:
@@ -87,3 +85,14 @@ def training_step(model: nn.Module, x: Tensor) -> Run:
         optimizer.step()
 
     return step
+
+
+def probe(model: nn.Module, x: Tensor) -> Run:
+    """What the monitor does at one due step, the Gram image and the writing left out."""
+    classes = torch.arange(len(x), device=x.device) % 10
+    monitor = ntk.Monitor(model, None, (x, classes), "cross_entropy", gram_every=0, strict=True)
+
+    def take() -> None:
+        monitor.snapshot(monitor.probes)
+
+    return take

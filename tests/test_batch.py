@@ -1,0 +1,135 @@
+"""Batches: any nest of tensors, one sample axis."""
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ntk_monitor.batch import Flat, digest, mapped, moved, owned, size, take, tensors
+from ntk_monitor.errors import InputError
+
+Named = namedtuple("Named", ["x", "y"])
+
+
+@dataclass
+class Record:
+    x: Tensor
+    note: str = "kept"
+    derived: int = field(default=0, init=False)
+
+
+def nest(n: int = 3) -> dict[str, Any]:
+    x = torch.arange(2.0 * n).reshape(n, 2)
+    return {
+        "x": x,
+        "pair": (x + 1, [x + 2]),
+        "named": Named(x + 3, "text"),
+        "record": Record(x + 4),
+        "scale": torch.tensor(5.0),
+        "mask": None,
+        "ids": torch.arange(n),
+    }
+
+
+def test_mapping_reaches_every_tensor_and_keeps_the_nest() -> None:
+    got = mapped(nest(), lambda t: t * 2)
+    assert torch.equal(got["pair"][1][0], 2 * (nest()["x"] + 2))
+    assert isinstance(got["named"], Named)
+    assert got["named"].y == "text"
+    assert got["record"].note == "kept"
+    assert torch.equal(got["record"].x, 2 * (nest()["x"] + 4))
+    assert got["mask"] is None
+    assert len(tensors(nest())) == 7
+
+
+def test_mappings_of_any_kind_become_plain_dicts() -> None:
+    assert type(mapped(OrderedDict(a=torch.ones(1)), lambda t: t)) is dict
+
+
+def test_size_is_the_shared_leading_axis() -> None:
+    assert size(nest(4)) == 4
+    assert size(torch.ones(2, 0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.ones(0, 3), r"at least one sample, got 0; pass a non-empty probe"),
+        ({"a": torch.ones(2), "b": torch.ones(3)}, r"share their leading \(sample\) axis, got lengths \[2, 3\]"),
+        (torch.tensor(1.0), r"at least one tensor with a leading sample axis, got Tensor"),
+        (["text"], r"at least one tensor with a leading sample axis, got list"),
+        (None, r"got NoneType"),
+    ],
+)
+def test_unusable_batches_are_refused(batch: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        size(batch)
+
+
+@given(st.integers(1, 5), st.data())
+def test_taking_rows(n: int, data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.integers(0, n - 1), min_size=1))
+    got = take(nest(n), rows)
+    assert size(got) == len(rows)
+    assert torch.equal(got["ids"], torch.tensor(rows))
+    assert torch.equal(got["scale"], torch.tensor(5.0))
+    assert torch.equal(got["x"], nest(n)["x"][rows])
+
+
+def test_moving_promotes_floats_only() -> None:
+    got = moved({"h": torch.ones(2, dtype=torch.float16), "i": torch.arange(2)}, torch.device("cpu"), torch.float32)
+    assert got["h"].dtype == torch.float32
+    assert got["i"].dtype == torch.int64
+    assert moved(torch.ones(1, dtype=torch.float64), torch.device("cpu")).dtype == torch.float64
+
+
+def test_the_meta_device_holds_no_data() -> None:
+    with pytest.raises(InputError, match=r"must hold data, got a tensor on the meta device; pass a materialised"):
+        moved(torch.ones(1, device="meta"), torch.device("cpu"))
+
+
+def test_owned_batches_share_nothing() -> None:
+    with torch.inference_mode():
+        x = torch.ones(2)
+    got = owned({"x": x})
+    assert not got["x"].is_inference()
+    y = torch.ones(2, requires_grad=True)
+    copied = owned(y)
+    assert not copied.requires_grad
+    with torch.no_grad():
+        y.zero_()
+    assert torch.equal(copied, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.complex64]
+)
+def test_digests_tell_contents_apart(dtype: torch.dtype) -> None:
+    x = torch.tensor([[0, 1], [1, 0]]).to(dtype)
+    assert digest(x) == digest(x.clone()) == digest({"any": x.T.contiguous().T})
+    assert digest(x) != digest(x.flip(1))
+    assert digest(x) != digest(x.reshape(4))
+    assert digest(x, None) == digest(x)
+    assert len(digest(x)) == 16
+
+
+def test_digests_tell_dtypes_apart_and_are_stable() -> None:
+    assert digest(torch.zeros(2, dtype=torch.float32)) != digest(torch.zeros(2, dtype=torch.int32))
+    # A change of this value makes every resumed run say that its probe was lost.
+    assert digest(torch.arange(3)) == "bbfdfa1ecf21e208"
+    assert digest(torch.empty(0, 2)) != digest(torch.empty(0, 3))
+
+
+def test_taken_apart_and_put_together() -> None:
+    batch = nest()
+    flat = Flat.of(batch)
+    assert len(flat.leaves) == 6
+    again = flat.rebuild([leaf + 1 for leaf in flat.leaves])
+    assert torch.equal(again["pair"][0], batch["pair"][0] + 1)
+    assert torch.equal(again["scale"], batch["scale"])
+    assert digest(flat.rebuild(flat.leaves)) == digest(batch)

@@ -1,0 +1,328 @@
+"""The live module before and after: nothing that training depends on has changed, whatever the forward did."""
+
+import gc
+import random
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ntk_monitor.engines.reference import ReferenceJacobian
+from ntk_monitor.engines.rows import RowsJacobian
+from ntk_monitor.errors import NetworkError
+from ntk_monitor.harmless import Fingerprint
+from ntk_monitor.kernel import empirical_ntk, measured
+from ntk_monitor.network import Network
+from ntk_monitor.shadow import Shadow
+from tests.cases import CASES, Case, Lambda
+
+
+class State:
+    """Everything about a module that can be compared, by value and by identity. Independent of `harmless`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.identity: dict[str, Any] = {}
+        self.values: dict[str, Tensor] = {}
+        for path, child in module.named_modules(remove_duplicate=False):
+            for name, value in vars(child).items():
+                self.identity[f"{path}.{name}"] = id(value)
+                self._contents(f"{path}.{name}", value)
+        for name, p in module.named_parameters(remove_duplicate=False):
+            self.identity[f"{name}: flags"] = (p.requires_grad, p._version, p.data_ptr(), id(p.grad), p.is_leaf)
+            self.values[name] = p.detach().clone()
+            if p.grad is not None:
+                self.identity[f"{name}: gradient"] = p.grad._version
+                self.values[f"{name}: gradient"] = p.grad.clone()
+        self.random = (torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
+        self.modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+        self.precision = torch.get_float32_matmul_precision()
+
+    def _contents(self, path: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.identity[f"{path}: version"] = value._version
+            self.values[path] = value.detach().clone()
+        elif isinstance(value, torch.Generator):
+            self.values[path] = value.get_state()
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                self.identity[f"{path}[{key}]"] = id(item)
+                if not isinstance(item, nn.Module):
+                    self._contents(f"{path}[{key}]", item)
+        elif not isinstance(value, (nn.Module, str)) and hasattr(value, "__len__"):
+            self.identity[f"{path}: items"] = [id(item) for item in value]
+        else:
+            self.identity[f"{path}: value"] = repr(value) if isinstance(value, (bool, int, float)) else None
+
+    def assert_same(self, other: "State") -> None:
+        assert self.identity == other.identity
+        assert self.values.keys() == other.values.keys()
+        for name, value in self.values.items():
+            assert torch.equal(value, other.values[name]), name
+        assert torch.equal(self.random[0], other.random[0])
+        np.testing.assert_equal(self.random[1], other.random[1])
+        assert self.random[2] == other.random[2]
+        assert self.modes == other.modes
+        assert self.precision == other.precision
+
+
+def with_gradients(case: Case) -> nn.Module:
+    """The module in the middle of training: gradients there, one of them accumulated twice."""
+    model = case.model(torch.float32)
+    for i, p in enumerate(model.parameters()):
+        if p.requires_grad and i % 2 == 0:
+            p.grad = torch.ones_like(p)
+    return model
+
+
+def unchanged(model: nn.Module, action: Callable[[], Any]) -> None:
+    fingerprint, state = Fingerprint.of(model), State(model)
+    action()
+    state.assert_same(State(model))
+    assert fingerprint.changes(Fingerprint.of(model)) == []
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_live_module_is_only_read(case: Case, mode: Any) -> None:
+    model, inputs = with_gradients(case), case.inputs(torch.float32)
+    unchanged(model, lambda: empirical_ntk(model, inputs, forward=case.forward, mode=mode))
+
+
+class _Failure(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("engine", ["auto", "rows"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_forward_that_fails_half_way_leaves_no_trace(case: Case, engine: Any) -> None:
+    model, inputs = with_gradients(case), case.inputs(torch.float32)
+
+    def failing(m: nn.Module, x: Any) -> Tensor:
+        (case.forward or (lambda module, _: module.train()))(m, x)
+        torch.rand(1)
+        random.random()
+        np.random.rand()
+        raise _Failure("half-way")
+
+    def measure() -> None:
+        with pytest.raises(_Failure, match="half-way"):
+            empirical_ntk(model, inputs, forward=failing, engine=engine)
+
+    unchanged(model, measure)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(RowsJacobian, "row"), (ReferenceJacobian, "block")])
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_an_interrupt_half_way_leaves_no_trace(
+    case: Case, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs, honest = with_gradients(case), case.inputs(torch.float32), getattr(owner, name)
+    calls = []
+
+    def interrupted(*arguments: Any) -> Any:
+        found = honest(*arguments)
+        torch.rand(1)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+    def measure() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            empirical_ntk(model, inputs, forward=case.forward, engine="rows" if owner is RowsJacobian else "auto")
+
+    unchanged(model, measure)
+
+
+def test_gradient_hooks_of_the_live_module_do_not_fire() -> None:
+    model, fired = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)), []
+    for p in model.parameters():
+        p.register_hook(lambda g: fired.append("tensor"))
+        p.register_post_accumulate_grad_hook(lambda p: fired.append("accumulated"))
+    for child in model.modules():
+        child.register_full_backward_hook(lambda *_: fired.append("backward"))
+        child.register_full_backward_pre_hook(lambda *_: fired.append("before backward"))
+    unchanged(model, lambda: empirical_ntk(model, torch.ones(2, 3)))
+    unchanged(model, lambda: empirical_ntk(model, torch.ones(2, 3), engine="rows"))
+    assert fired == []
+    model(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    assert set(fired) == {"tensor", "accumulated", "backward", "before backward"}
+
+
+def test_a_backward_of_training_may_span_a_probe() -> None:
+    # The parameters share storage with their shadows: had a probe written to them, autograd would refuse this.
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(2, 3)
+    loss = model(x).sum()
+    empirical_ntk(model, x)
+    loss.backward()
+    assert model[0].weight.grad is not None
+
+
+def test_attributes_that_a_forward_sets_stay_those_of_training() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.hidden, m.fresh = m.layer(x), 1
+        m.cache["last"] = m.hidden
+        m.trail.append(m.hidden)
+        m.register_buffer("late", x, persistent=False)
+        result: Tensor = m.hidden
+        return result
+
+    model = Lambda(forward, layer=nn.Linear(3, 1))
+    model.hidden, model.cache, model.trail = kept, _, _ = torch.zeros(1), OrderedDict(first=1), [torch.ones(1)]
+    unchanged(model, lambda: empirical_ntk(model, torch.ones(2, 3)))
+    assert model.hidden is kept
+    assert not hasattr(model, "fresh")
+    assert not hasattr(model, "late")
+
+
+class _Module(nn.Module):
+    """What of a LightningModule counts here: `log`, a property that reads other state, `freeze` by attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.logged: list[str] = []
+
+    def log(self, name: str, value: Any) -> None:
+        self.logged.append(name)
+        raise AssertionError("the probe logged as if it were training")
+
+    def log_dict(self, values: dict[str, Any]) -> None:
+        raise AssertionError("the probe logged as if it were training")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log("mean", x.mean())
+        self.log_dict({"mean": x.mean()})
+        y: Tensor = self.layer(x)
+        return y
+
+
+def test_logging_inside_forward_is_muted() -> None:
+    model = _Module()
+    unchanged(model, lambda: empirical_ntk(model, torch.ones(2, 3)))
+    with pytest.raises(AssertionError, match="as if it were training"):
+        model(torch.ones(2, 3))
+
+
+def test_a_closure_is_followed_to_the_shadow() -> None:
+    layer, factor = nn.Linear(3, 1).double(), nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    model = Lambda(lambda m, x: m.block(x), layer=layer, factor=factor)
+    model.block = lambda x: layer(x) * factor
+    x = torch.randn(2, 3, dtype=torch.float64)
+    got = empirical_ntk(model, x)[:, 0, :, 0]
+    y = layer(x) @ layer(x).T  # ∂f/∂factor is the output of the layer
+    torch.testing.assert_close(got, (4 * (x @ x.T + 1) + y).detach(), rtol=1e-12, atol=0)
+    unchanged(model, lambda: empirical_ntk(model, x))
+
+
+class _Helper:
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference", "rows"])
+@pytest.mark.parametrize("wrap", [_Helper, lambda layer: partial(nn.Module.__call__, layer)])
+def test_a_foreign_object_that_reaches_parameters_is_refused_by_name(wrap: Any, engine: Any) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+            self.helper = wrap(self.layer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.helper(x)
+            return y
+
+    model = Outer()
+    with pytest.raises(NetworkError, match=r"Outer reaches a parameter of shape .* register it as a submodule"):
+        empirical_ntk(model, torch.ones(2, 3), engine=engine)
+
+
+def test_torchscript_is_refused() -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(nn.Linear(3, 1), torch.ones(1, 3))
+    for model in (scripted, nn.Sequential(scripted, nn.Linear(1, 1))):
+        with pytest.raises(NetworkError, match=r"TorchScript hides its operations.*pass the eager module"):
+            empirical_ntk(model, torch.ones(2, 3))
+
+
+def test_an_uninitialised_parameter_is_refused() -> None:
+    with pytest.raises(NetworkError, match=r"lazy parameter has no shape yet; run one forward pass before"):
+        empirical_ntk(nn.LazyLinear(1), torch.ones(2, 3))
+
+
+def test_a_compiled_module_is_measured_through_its_original() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh()), torch.randn(2, 3)
+    wanted = empirical_ntk(model, x)
+    calls = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(1)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    assert torch.equal(empirical_ntk(compiled, x), wanted)
+    assert torch.equal(empirical_ntk(nn.Sequential(compiled), x), wanted)
+    model.compile(backend=backend)
+    assert torch.equal(empirical_ntk(model, x), wanted)
+    assert torch.equal(empirical_ntk(nn.DataParallel(model), x), wanted)
+    assert calls == []
+
+
+def test_shared_tensors_stay_shared_and_storage_is_that_of_the_live_module() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, layer)
+    shadow = Shadow(model)
+    one, other = shadow.module.get_submodule("0"), shadow.module.get_submodule("1")
+    assert one is other
+    assert one is not layer
+    assert one.weight is shadow.of(layer.weight)
+    assert one.weight is not layer.weight
+    assert one.weight.data_ptr() == layer.weight.data_ptr()
+    assert shadow.of(torch.ones(1)) is None
+
+
+def test_a_shadow_keeps_nothing_alive() -> None:
+    model = nn.Linear(3, 1)
+    gone = weakref.ref(model)
+    empirical_ntk(model, torch.ones(2, 3))
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_every_pass_starts_from_the_state_of_the_live_module() -> None:
+    case = next(case for case in CASES if case.name == "counters")
+    model, inputs = case.model(), case.inputs()
+    network = Network(model)
+    first = network.outputs(inputs)
+    assert torch.equal(first, network.outputs(inputs))
+    assert torch.equal(first, case.model().eval()(inputs))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_random_numbers_inside_are_the_same_at_every_probe(mode: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = m.layer(x) * torch.rand(()) * random.random() * float(np.random.rand())
+        return y
+
+    model, x = Lambda(forward, layer=nn.Linear(3, 1)), torch.ones(2, 3)
+    first = measured(model, x, mode=mode).values
+    torch.rand(1), random.random(), np.random.rand()
+    assert torch.equal(first, measured(model, x, mode=mode).values)
+    assert not torch.equal(first, measured(model, x, mode=mode, seed=1).values)
