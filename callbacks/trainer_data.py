@@ -58,7 +58,8 @@ def drawn(trainer: Trainer, module: nn.Module, wanted: Any, recipe: Recipe) -> P
 def outputs_per_sample(module: nn.Module, probe: Probe, recipe: Recipe) -> int:
     """Return C, by one forward pass of a probe."""
     with undisturbed(seed=recipe.seed), torch.no_grad():
-        network = Network(module, params=recipe.params, forward=recipe.forward, device=recipe.device)
+        options = {"params": recipe.params, "forward": recipe.forward, "device": recipe.device}
+        network = Network.careful(module, probe.inputs, **options)
         return int(network.outputs(network.prepared(probe.inputs)).shape[1])
 
 
@@ -71,7 +72,8 @@ def training_outputs(trainer: Trainer, module: nn.Module, batch: Any, recipe: Re
     if not isinstance(targets, Tensor):
         return None
     with random_state(), torch.no_grad(), trainer.precision_plugin.forward_context():
-        network = Network(module, params=recipe.params, forward=recipe.forward, mode="live")
+        # A copy of the parameters: the coming step must be the one that rewrites them, should forward do such a thing.
+        network = Network(module, params=recipe.params, forward=recipe.forward, mode="live", detached=True)
         return network.raw(moved(inputs, network.device)).float(), targets.detach().clone()
 
 

@@ -28,7 +28,7 @@ class Classifier(pl.LightningModule):
         logits: Tensor = self.network(images)
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """Return the loss of a batch."""
         images, classes = batch
         loss = nn.functional.cross_entropy(self(images), classes)

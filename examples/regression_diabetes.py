@@ -31,7 +31,7 @@ class Regressor(pl.LightningModule):
         prediction: Tensor = self.network(features)
         return prediction
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """Return the mean squared error of a batch."""
         features, targets = batch
         return nn.functional.mse_loss(self(features), targets)

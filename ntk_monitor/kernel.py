@@ -137,7 +137,7 @@ def measured(  # noqa: PLR0913 - the same door
         pairs = [targets] if x2 is None else list(targets)
         batches = [(batch, target) for batch, target in zip(batches, pairs, strict=True)]
     with undisturbed(seed=seed):
-        network = Network(model, params=params, forward=head, mode=mode, device=device)
+        network = Network.careful(model, batches[0], params=params, forward=head, mode=mode, device=device)
         batches = [network.prepared(batch) for batch in batches]
         scale = _scale(network, preconditioner)
         layout: Layout = outputs if outputs in ("trace", "per_output") else "full"

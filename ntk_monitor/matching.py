@@ -23,19 +23,21 @@ class Matching:
     candidates: Sequence[Loss]
     batches: int = 0
     worst: list[float] = field(default_factory=list)
-    rounding: float = 0.0
+    rounding: float = math.inf
     last: str = ""
 
     def add(self, outputs: Tensor, targets: Tensor, value: float) -> None:
         """Compare every candidate with the value the Trainer returned for this batch."""
         self.batches += 1
-        self.rounding = max(self.rounding, _rounding(value))
+        self.rounding = min(self.rounding, _rounding(value))  # one number with more digits shows that they are kept
         before = self.worst or [0.0] * len(self.candidates)
         self.worst = []
         for loss, earlier in zip(self.candidates, before, strict=True):
             error = abs(loss.value(outputs, targets) - value) / max(abs(value), 1e-12)
             self.worst.append(max(earlier, error if math.isfinite(error) else math.inf))
-        error, name = min(((e, loss.name) for e, loss in zip(self.worst, self.candidates, strict=True)), default=(1, ""))
+        error, name = min(
+            ((e, loss.name) for e, loss in zip(self.worst, self.candidates, strict=True)), default=(1, "")
+        )
         self.last = f"the closest, {name}, is off by {error:.1%}" if error < 1 else "none is close"
 
     @property

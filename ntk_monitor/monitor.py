@@ -231,11 +231,12 @@ class Monitor:
 
     def _predictions(self) -> Tensor:
         with undisturbed(seed=self.recipe.seed):
-            network = Network(
-                self.model, params=self.recipe.params, forward=self.recipe.forward, device=self.recipe.device
+            recipe, inputs = self.recipe, self.probe.inputs
+            network = Network.careful(
+                self.model, inputs, params=recipe.params, forward=recipe.forward, device=recipe.device
             )
             with torch.no_grad():
-                return network.raw(network.prepared(self.probe.inputs)).double().cpu()
+                return network.raw(network.prepared(inputs)).double().cpu()
 
     def _terms(self, raw: Measurement) -> tuple[Terms | None, str]:
         """Return the loss terms on the probe, or None and the reason why there are no modes."""

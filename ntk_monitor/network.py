@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ntk_monitor.batch import Batch, moved, size
+from ntk_monitor.batch import Batch, moved, size, take
 from ntk_monitor.errors import InputError, NetworkError
 from ntk_monitor.shadow import Shadow, unwrapped
 
@@ -43,6 +43,7 @@ class Network:
             training, so that layers frozen in eval stay frozen) with dropout off: batch-coupled under BatchNorm.
             "live": exactly as the module is now, dropout and precision included.
         device: where to measure; None: where the parameters are.
+        detached: work on a copy of the parameters (see `careful`).
 
     Raises:
         NetworkError: no trainable parameter selected, several devices, or a module that cannot be followed.
@@ -57,6 +58,7 @@ class Network:
         forward: Forward | None = None,
         mode: Mode = "eval",
         device: torch.device | str | None = None,
+        detached: bool = False,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise InputError(f"wanted a torch.nn.Module, got {type(module).__name__}")
@@ -67,9 +69,7 @@ class Network:
         self._mode: Mode = mode
         self.promoted = mode != "live" and _low_precision(live)
         promote = torch.float32 if self.promoted else None
-        # Embedding(max_norm=...) rewrites its weight in forward: only a copy may be rewritten.
-        rewrites = any(getattr(m, "max_norm", None) is not None for m in live.modules())
-        self._shadow = Shadow(live, promote=promote, detached=rewrites)
+        self._shadow = Shadow(live, promote=promote, detached=detached)
         self._module = self._shadow.module
         _set_training(self._module, live, mode)
         self.parameters = self._selected(live, params)
@@ -82,6 +82,24 @@ class Network:
             self.device = next(iter(self.parameters.values())).device
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._module.modules())
         self._live = {id(p) for p in live.parameters()}
+
+    @staticmethod
+    def careful(module: nn.Module, inputs: Batch, **options: Any) -> "Network":
+        """Return a Network for these inputs, on a copy of the parameters if a forward pass would rewrite them.
+
+        `Embedding(max_norm=...)` and `self.weight.data.clamp_()` in forward change values in place; only a copy may be
+        changed. Found out by one pass of two samples over a copy. Takes the options of `Network`.
+        """
+        trial = Network(module, **options, detached=True)
+        live = unwrapped(module)
+        # Which rows of an embedding are rewritten depends on the samples, so two of them prove nothing there.
+        rewrites = any(getattr(m, "max_norm", None) is not None for m in live.modules())
+        if not rewrites and not trial.promoted:
+            with torch.no_grad():
+                trial.raw(trial.prepared(take(inputs, slice(0, 2))))
+            same = ((p, trial._shadow.of(p)) for p in live.parameters())
+            rewrites = not all(torch.equal(p, copied.to(p.device)) for p, copied in same)
+        return Network(module, **options, detached=rewrites)
 
     def _selected(self, live: nn.Module, params: Selection | None) -> dict[str, Tensor]:
         trainable = {name: p for name, p in live.named_parameters() if p.requires_grad}
@@ -118,8 +136,9 @@ class Network:
         return widest
 
     def prepared(self, inputs: Batch) -> Batch:
-        """Return the inputs on the network's device, floating ones at least as wide as its parameters."""
-        return moved(inputs, self.device, self.dtype)
+        """Return the inputs on the network's device, floating ones at least as wide as its narrowest parameter."""
+        narrowest = min({p.dtype for p in self.parameters.values()}, key=lambda dtype: dtype.itemsize)
+        return moved(inputs, self.device, narrowest)
 
     def outputs(self, inputs: Batch) -> Tensor:
         """Return the outputs (N, C) of one pass over the whole batch, differentiable in `parameters`.

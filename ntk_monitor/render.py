@@ -273,7 +273,7 @@ class _Page:
         if self.caption:
             # A letter is about half as wide as its size.
             lines = textwrap.wrap(self.caption, max(20, int((width - 2 * pad) / (11 * 0.52))))
-            font = {"fontsize": self.size(11), "color": _PALE_INK}
+            font: dict[str, Any] = {"fontsize": self.size(11), "color": _PALE_INK}
             words = self.canvas.text(pad / width, 1 - top / height, "\n".join(lines), va="top", **font)
             top += words.get_window_extent(renderer).height + pad
         right = pad + (box.width if box is not None and not self.narrow else 0)

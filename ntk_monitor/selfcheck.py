@@ -28,9 +28,9 @@ def disagreement(jacobian: Jacobian, network: Network, inputs: Batch) -> str:
             if not math.isfinite(scale):
                 continue  # the weights are the problem, not the engine
             for name, gradient in row.items():
-                error = float((block[name][0, c].double() - gradient.double()).norm())
-                if not error <= worst * (scale or 1.0):
-                    worst, culprit = error / (scale or 1.0), name
+                error = float((block[name][0, c].double() - gradient.double()).norm()) / (scale or 1.0)
+                if not error <= worst:  # NaN included
+                    worst, culprit = error if math.isfinite(error) else math.inf, name
     tolerance = _TOLERANCE[8 if network.dtype.itemsize == 8 else 4]
     if worst <= tolerance:
         return ""

@@ -92,16 +92,22 @@ class Shadow:
             return self._memo[id(value)]
         if isinstance(value, nn.Module):
             return self._shadow(value)
-        if isinstance(value, Tensor):
-            self._memo[id(value)] = new = self._parameter(value) if isinstance(value, nn.Parameter) else _cloned(value)
-            if self._promote is not None and new.is_floating_point() and new.dtype != self._promote:
-                self._memo[id(value)] = new = self._cast(new)
-            return new
         if isinstance(value, dict):
             return self._dict(value)
         if type(value) is list:
-            self._memo[id(value)] = items = [self._value(item) for item in value]
+            self._memo[id(value)] = items = []
+            items += [self._value(item) for item in value]
             return items
+        self._memo[id(value)] = new = self._tensor(value) if isinstance(value, Tensor) else self._other(value)
+        return new
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        new = self._parameter(value) if isinstance(value, nn.Parameter) else _cloned(value)
+        if self._promote is not None and new.is_floating_point() and new.dtype != self._promote:
+            return self._cast(new)
+        return new
+
+    def _other(self, value: Any) -> Any:
         if type(value) in (tuple, set):
             return type(value)(self._value(item) for item in value)
         if type(value) is deque:

@@ -1,14 +1,16 @@
-"""Networks that break measurements, as data. Small, seeded, float32 until a test casts them; every one in training mode.
+"""Networks that break measurements, as data. Small, seeded, float32 until a test casts them; all in training mode.
 
 Each case breaks (or used to break) something: batching rules, hidden state, shared parameters, other outputs.
 """
 
 import dataclasses
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -78,9 +80,8 @@ def perturbed(model: nn.Module) -> nn.Module:
     """Give normalisation layers weights and running statistics that are not those of initialisation."""
     for layer in model.modules():
         if isinstance(layer, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)):
-            nn.init.normal_(layer.weight, 1.0, 0.3)
-            if getattr(layer, "bias", None) is not None:
-                nn.init.normal_(layer.bias, 0.0, 0.3)
+            for name, p in layer.named_parameters():
+                nn.init.normal_(p, float(name == "weight"), 0.3)
         if isinstance(layer, nn.BatchNorm2d):
             assert layer.running_mean is not None
             assert layer.running_var is not None
@@ -116,7 +117,7 @@ def _attention(batch_first: bool) -> Callable[[], nn.Module]:
     )
 
 
-def _recurrent(kind: type[nn.RNNBase], **options: Any) -> Callable[[], nn.Module]:
+def _recurrent(kind: type[nn.LSTM | nn.GRU], **options: Any) -> Callable[[], nn.Module]:
     width = 4 * (2 if options.get("bidirectional") else 1)
     return lambda: Lambda(
         lambda m, x: m.head(m.rnn(x)[0][:, -1]),
@@ -126,7 +127,9 @@ def _recurrent(kind: type[nn.RNNBase], **options: Any) -> Callable[[], nn.Module
 
 
 def _tied() -> nn.Module:
-    return Lambda(lambda m, x: m.body(m.embedding(x).mean(1)) @ m.embedding.weight.T, embedding=_table(), body=_square())
+    return Lambda(
+        lambda m, x: m.body(m.embedding(x).mean(1)) @ m.embedding.weight.T, embedding=_table(), body=_square()
+    )
 
 
 def _table(**options: Any) -> nn.Embedding:
@@ -169,12 +172,9 @@ def _unused() -> nn.Module:
 
 
 def _old_weight_norm() -> nn.Module:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         layer = nn.utils.weight_norm(nn.Linear(4, 5))
-    # The hook has left a plain tensor with a graph behind; nn.Module.to would cast it no more than deepcopy copies it.
     return nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 2))
 
 
@@ -238,7 +238,8 @@ class _Cube(torch.autograd.Function):
 
 
 def _custom() -> nn.Module:
-    return Lambda(lambda m, x: m.head(_Cube.apply(m.body(x))), body=nn.Linear(4, 3), head=nn.Linear(3, 2))
+    cube: Any = _Cube.apply
+    return Lambda(lambda m, x: m.head(cube(m.body(x))), body=nn.Linear(4, 3), head=nn.Linear(3, 2))
 
 
 def _counter() -> nn.Module:
@@ -250,9 +251,8 @@ def _counter() -> nn.Module:
         result: Tensor = m.body(x) * (1 + 0.5 * m.calls) + m.tally
         return result
 
-    model = Lambda(forward, body=nn.Linear(4, 2), calls=torch.zeros(()))
-    model.tally, model.recent, model.seen = 0, deque(maxlen=2), set()
-    return model
+    state = {"calls": torch.zeros(()), "tally": 0, "recent": deque[float](maxlen=2), "seen": set[int]()}
+    return Lambda(forward, body=nn.Linear(4, 2), **state)
 
 
 def _memory() -> nn.Module:
@@ -279,21 +279,22 @@ def _average() -> nn.Module:
 
 def _closure() -> nn.Module:
     model = Lambda(lambda m, x: m.block(x), body=_square(), head=nn.Linear(4, 2))
-    model.block = lambda x: model.head(model.body(x))
+    body, head = model.get_submodule("body"), model.get_submodule("head")
+    model.__dict__["block"] = lambda x: head(body(x))
     return model
 
 
 def _listed() -> nn.Module:
-    model = Lambda(lambda m, x: x @ m.pair[0] * m.more["b"], a=nn.Parameter(torch.randn(4, 2)))
-    model.b = nn.Parameter(torch.randn(2))
-    model.pair, model.more = (model.a,), {"b": model.b}
-    return model
+    a, b = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2))
+    return Lambda(lambda m, x: x @ m.pair[0] * m.more["b"], a=a, b=b, pair=(a,), more={"b": b})
 
 
 def _noise() -> nn.Module:
-    model = Lambda(lambda m, x: m.body(x) + torch.randn(2, generator=m.generator, dtype=x.dtype), body=_mlp())
-    model.generator = torch.Generator().manual_seed(3)
-    return model
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = m.body(x) * torch.rand(2, generator=m.generator).to(x) * float(m.other.random())
+        return y
+
+    return Lambda(forward, body=_mlp(), generator=torch.Generator().manual_seed(3), other=np.random.default_rng(4))
 
 
 def _complex() -> nn.Module:
@@ -463,6 +464,3 @@ def answer(case: Case, model: nn.Module, inputs: Any) -> Tensor:
         raw = raw.logits if isinstance(raw, _Logits) else raw.scores
     result: Tensor = raw
     return result
-
-
-

@@ -12,10 +12,10 @@ def rows(model: nn.Module, outputs: Tensor) -> dict[str, Tensor]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found: dict[str, list[list[Tensor]]] = {name: [] for name in parameters}
     for sample in outputs:
-        for name in found:
-            found[name].append([])
+        for earlier in found.values():
+            earlier.append([])
         for value in sample.reshape(-1):
-            grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+            grads: Any = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
             for (name, p), g in zip(parameters.items(), grads, strict=True):
                 found[name][-1].append((torch.zeros_like(p) if g is None else g.to_dense()).reshape(-1))
     return {name: torch.stack([torch.stack(r) for r in value]) for name, value in found.items()}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ntk_monitor.errors import InputError
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
     """Exit code, output and directory of a demo of one epoch: 23 batches, a probe at every second."""
     out, said = tmp_path_factory.mktemp("demo") / "run", io.StringIO()
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = main(["demo", "--epochs", "1", "--every", "2", "--out", str(out)])
     return code, said.getvalue(), out
 
@@ -42,7 +43,7 @@ def test_demo_says_what_it_found_and_where(demo: tuple[int, str, Path]) -> None:
     for words in ("Validation accuracy: ", "condition number", f"--logdir {out}", "http://localhost:6006/?tagFilter="):
         assert words in said
     # Nothing but the demo's own words: no tips, no device lines, no warnings.
-    assert not any(word in said for word in ("Tip", "GPU", "Warning", "Trainer"))
+    assert not any(word in said for word in ("Tip", "GPU", "Warning", "`Trainer"))
 
 
 def test_demo_draws_the_figures(demo: tuple[int, str, Path]) -> None:
@@ -64,10 +65,10 @@ def test_ctrl_c_keeps_what_was_measured(
 
     step = Digits.training_step
 
-    def interrupted(self: Digits, batch: tuple[object, object], index: int) -> object:
+    def interrupted(self: Digits, batch: Any, index: int) -> object:
         if index == 5:
             raise KeyboardInterrupt
-        return step(self, batch, index)  # type: ignore[arg-type]
+        return step(self, batch, index)
 
     monkeypatch.setattr(Digits, "training_step", interrupted)
     before = signal.getsignal(signal.SIGINT)

@@ -1,6 +1,6 @@
 """Engines yield the same Jacobian block by block; the Gram keeps what a float32 Jacobian knows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +13,19 @@ from ntk_monitor.engines import contract
 from ntk_monitor.engines.contract import Jacobian, gram
 from ntk_monitor.engines.reference import ReferenceJacobian
 from ntk_monitor.engines.rows import RowsJacobian
+from ntk_monitor.guard import undisturbed
 from ntk_monitor.network import Network
 from ntk_monitor.selfcheck import disagreement
 from tests import reference
 from tests.cases import CASES, Case, N, answer
 
 BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture(autouse=True)
+def _undisturbed() -> Iterator[None]:
+    with undisturbed():
+        yield
 
 
 class Given:
@@ -162,9 +169,11 @@ def test_the_self_check_names_the_parameter_that_is_wrong() -> None:
     network, inputs = Network(case.model()), case.inputs()
     honest = ReferenceJacobian(network, inputs, 2**20)
     for factor in (0.0, 2.0, float("nan")):
-        sentence = disagreement(
-            _faulty(honest, lambda block, f=factor: {**block, "2.weight": f * block["2.weight"]}), network, inputs
-        )
+
+        def fault(block: dict[str, Tensor], factor: float = factor) -> dict[str, Tensor]:
+            return {**block, "2.weight": factor * block["2.weight"]}
+
+        sentence = disagreement(_faulty(honest, fault), network, inputs)
         assert "at 2.weight" in sentence
         assert "differs from autograd's" in sentence
 

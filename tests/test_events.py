@@ -45,6 +45,7 @@ def test_round_trip_of_a_full_and_a_skipped_probe() -> None:
         assert_same(decoded, snapshot)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_numpy_numbers_come_back_as_plain_ones() -> None:
     changes: dict[str, Any] = {"step": np.int64(7), "rank": np.int32(2), "metrics": {"trace": np.float32("inf")}}
     numbers = replace(probe(7), **changes)

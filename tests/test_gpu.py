@@ -7,23 +7,20 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import lightning.pytorch as L
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ntk_monitor as ntk
+from ntk_monitor.callbacks import NTKMonitor
+from tests.training import outcome, seeded, state_hash, trainer
 
 # cuBLAS reads it when CUDA starts; without it deterministic algorithms refuse matrix products.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("lightning")
-
-import lightning.pytorch as L  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
-
-import ntk_monitor as ntk  # noqa: E402
-from ntk_monitor.callbacks import NTKMonitor  # noqa: E402
-from tests.training import outcome, seeded, state_hash, trainer  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -31,7 +28,7 @@ N = 6
 
 
 class _Recurrent(nn.Module):
-    """cuDNN runs the backward pass of a recurrent layer in training mode only; the kernel is measured in evaluation mode."""
+    """cuDNN has no backward pass for recurrent layers in evaluation mode, which is where kernels are measured."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,18 +85,18 @@ def _error(got: Tensor, wanted: Tensor) -> float:
 @contextlib.contextmanager
 def _tf32() -> Iterator[Callable[[], list[Any]]]:
     """Allow TF32 globally, in the words that this torch prefers, and yield how to read what is allowed."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul, cudnn = torch.backends.cuda.matmul, cast("Any", torch.backends.cudnn)
     new = hasattr(matmul, "fp32_precision")
-    places = [(matmul, "fp32_precision"), (cudnn.conv, "fp32_precision"), (cudnn.rnn, "fp32_precision")]
-    places = places if new else [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
+    name, value = ("fp32_precision", "tf32") if new else ("allow_tf32", True)
+    places = [(owner, name) for owner in ((matmul, cudnn.conv, cudnn.rnn) if new else (matmul, cudnn))]
     before = [getattr(*place) for place in places]
     try:
         for place in places:
-            setattr(*place, "tf32" if new else True)
+            setattr(*place, value)
         yield lambda: [getattr(*place) for place in places]
     finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(*place, value)
+        for place, old in zip(places, before, strict=True):
+            setattr(*place, old)
 
 
 @pytest.mark.parametrize("outputs", ["full", "trace"])

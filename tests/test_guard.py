@@ -35,7 +35,9 @@ IDS = ["torch", "numpy", "numpy with twister", "legacy numpy", "python"]
 def test_global_generators_are_given_back(error: type[BaseException] | None) -> None:
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     expected = draws()
-    random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])
     try:
         with undisturbed(seed=3):
             draws()

@@ -117,7 +117,14 @@ def test_complex_parameters_count_as_two_real_ones() -> None:
 
 # Layouts.
 
-LAYOUT_CASES = ["mlp", "one number per sample", "outputs of two axes", "lstm", "embedding tied to the output", "cnn with batch norm, in-place relu, dropout"]
+LAYOUT_CASES = [
+    "mlp",
+    "one number per sample",
+    "outputs of two axes",
+    "lstm",
+    "embedding tied to the output",
+    "cnn with batch norm, in-place relu, dropout",
+]
 
 
 @pytest.mark.parametrize("engine", ["auto", "rows"])
@@ -137,9 +144,7 @@ def test_layouts_follow_from_the_full_kernel(name: str, engine: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ["auto", "rows"])
-@pytest.mark.parametrize(
-    "loss", ["cross_entropy", nn.CrossEntropyLoss(label_smoothing=0.1), lambda f, y: F.multi_margin_loss(f, y)]
-)
+@pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss(label_smoothing=0.1), F.multi_margin_loss])
 def test_the_kernel_of_the_losses_is_made_of_gradients_of_single_losses(loss: Any, engine: Any) -> None:
     model, x, y = nn.Linear(4, 3).double(), torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
     got = empirical_ntk(model, x, outputs="loss", targets=y, loss=loss, engine=engine)
@@ -169,10 +174,11 @@ def test_the_cross_kernel_is_a_block_of_the_kernel_of_both_sets(name: str, layou
     more = torch.cat([x, x.flip(-1) + 0.3])
     whole = empirical_ntk(case.model(), more, outputs=layout)
     cross = empirical_ntk(case.model(), x, more[N - 1 :], outputs=layout)
-    block = {"full": lambda k: k[:N, :, N - 1 :], "per_output": lambda k: k[:, :N, N - 1 :]}.get(
-        layout, lambda k: k[:N, N - 1 :]
-    )
-    assert_close(cross, block(whole))
+    places = {
+        "full": (slice(N), slice(None), slice(N - 1, None)),
+        "per_output": (slice(None), slice(N), slice(N - 1, None)),
+    }
+    assert_close(cross, whole[places.get(layout, (slice(N), slice(N - 1, None)))])
 
 
 def test_the_cross_kernel_of_losses_takes_a_pair_of_targets() -> None:
@@ -257,7 +263,7 @@ def test_training_mode_is_the_batch_coupled_function() -> None:
     model = cnn_batchnorm().double().eval()
     before = {name: b.clone() for name, b in model.named_buffers()}
     got = measured(model, x, mode="train")
-    exact = cnn_batchnorm().double().train()
+    exact: Any = cnn_batchnorm().double().train()
     exact.load_state_dict(model.state_dict())
     exact[3].eval()
     assert_close(got.values, reference.ntk(reference.rows(exact, exact(x))))
@@ -269,7 +275,7 @@ def test_training_mode_is_the_batch_coupled_function() -> None:
 
 def test_training_mode_keeps_layers_that_the_user_froze_in_evaluation() -> None:
     x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
-    model = cnn_batchnorm().double().train()
+    model: Any = cnn_batchnorm().double().train()
     model[1].eval()
     got = empirical_ntk(model, x, mode="train")
     model[3].eval()
@@ -294,7 +300,8 @@ class _Functional(nn.Module):
         h, _ = self.rnn(F.dropout(x, 0.5, self.training))
         h = h + self.attention(h, h, h)[0]
         h = h + F.scaled_dot_product_attention(h, h, h, dropout_p=0.5 if self.training else 0.0)
-        return self.path(F.dropout(h, p=0.5, training=self.training).flatten(1))
+        y: Tensor = self.path(F.dropout(h, p=0.5, training=self.training).flatten(1))
+        return y
 
 
 @pytest.mark.parametrize("training", [True, False])

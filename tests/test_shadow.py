@@ -2,6 +2,7 @@
 
 import gc
 import random
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from ntk_monitor.harmless import Fingerprint
 from ntk_monitor.kernel import empirical_ntk, measured
 from ntk_monitor.network import Network
 from ntk_monitor.shadow import Shadow
-from tests.cases import CASES, Case, Lambda
+from tests.cases import CASES, Case, Lambda, answer
 
 
 class State:
@@ -49,6 +50,8 @@ class State:
             self.values[path] = value.detach().clone()
         elif isinstance(value, torch.Generator):
             self.values[path] = value.get_state()
+        elif isinstance(value, np.random.Generator):
+            self.identity[f"{path}: state"] = str(value.bit_generator.state)
         elif isinstance(value, dict):
             for key, item in value.items():
                 self.identity[f"{path}[{key}]"] = id(item)
@@ -94,7 +97,7 @@ def test_the_live_module_is_only_read(case: Case, mode: Any) -> None:
     unchanged(model, lambda: empirical_ntk(model, inputs, forward=case.forward, mode=mode))
 
 
-class _Failure(RuntimeError):
+class _HalfwayError(RuntimeError):
     pass
 
 
@@ -104,14 +107,14 @@ def test_a_forward_that_fails_half_way_leaves_no_trace(case: Case, engine: Any) 
     model, inputs = with_gradients(case), case.inputs(torch.float32)
 
     def failing(m: nn.Module, x: Any) -> Tensor:
-        (case.forward or (lambda module, _: module.train()))(m, x)
+        answer(case, m, x)
         torch.rand(1)
         random.random()
         np.random.rand()
-        raise _Failure("half-way")
+        raise _HalfwayError("half-way")
 
     def measure() -> None:
-        with pytest.raises(_Failure, match="half-way"):
+        with pytest.raises(_HalfwayError, match="half-way"):
             empirical_ntk(model, inputs, forward=failing, engine=engine)
 
     unchanged(model, measure)
@@ -171,14 +174,19 @@ def test_attributes_that_a_forward_sets_stay_those_of_training() -> None:
         m.hidden, m.fresh = m.layer(x), 1
         m.cache["last"] = m.hidden
         m.trail.append(m.hidden)
+        m.trail[0].add_(1)
+        m.table.mul_(2)
         m.register_buffer("late", x, persistent=False)
         result: Tensor = m.hidden
         return result
 
-    model = Lambda(forward, layer=nn.Linear(3, 1))
+    model: Any = Lambda(forward, layer=nn.Linear(3, 1))
     model.hidden, model.cache, model.trail = kept, _, _ = torch.zeros(1), OrderedDict(first=1), [torch.ones(1)]
+    model.table = torch.ones(2)
     unchanged(model, lambda: empirical_ntk(model, torch.ones(2, 3)))
     assert model.hidden is kept
+    assert torch.equal(model.table, torch.ones(2))
+    assert torch.equal(model.trail[0], torch.ones(1))
     assert not hasattr(model, "fresh")
     assert not hasattr(model, "late")
 
@@ -214,7 +222,7 @@ def test_logging_inside_forward_is_muted() -> None:
 
 def test_a_closure_is_followed_to_the_shadow() -> None:
     layer, factor = nn.Linear(3, 1).double(), nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-    model = Lambda(lambda m, x: m.block(x), layer=layer, factor=factor)
+    model: Any = Lambda(lambda m, x: m.block(x), layer=layer, factor=factor)
     model.block = lambda x: layer(x) * factor
     x = torch.randn(2, 3, dtype=torch.float64)
     got = empirical_ntk(model, x)[:, 0, :, 0]
@@ -251,8 +259,6 @@ def test_a_foreign_object_that_reaches_parameters_is_refused_by_name(wrap: Any, 
 
 
 def test_torchscript_is_refused() -> None:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.trace(nn.Linear(3, 1), torch.ones(1, 3))
@@ -275,7 +281,7 @@ def test_a_compiled_module_is_measured_through_its_original() -> None:
         calls.append(1)
         return graph.forward
 
-    compiled = torch.compile(model, backend=backend)
+    compiled: Any = torch.compile(model, backend=backend)
     assert torch.equal(empirical_ntk(compiled, x), wanted)
     assert torch.equal(empirical_ntk(nn.Sequential(compiled), x), wanted)
     model.compile(backend=backend)

@@ -11,7 +11,7 @@ import sys
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ntk_monitor import __version__
 from ntk_monitor.errors import InputError, NTKMonitorError
@@ -54,7 +54,7 @@ def _parser() -> "ArgumentParser":
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """jsonargparse's help, with line breaks of descriptions and examples kept."""
 
-    def parser(description: str, example: str, **more: str) -> ArgumentParser:
+    def parser(description: str, example: str, **more: Any) -> ArgumentParser:
         made = ArgumentParser(
             description=description,
             epilog=f"example:\n  {example}",

@@ -5,11 +5,13 @@ a minute while NTKMonitor measures its tangent kernel. Ends with a table in
 plain words, the figures as PNG files and the TensorBoard command.
 """
 
+import contextlib
 import itertools
 import shlex
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +56,7 @@ def run(epochs: int, every: int, out: str, seed: int, open: bool) -> int:  # noq
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print("A small convolutional network learns to read handwritten digits (scikit-learn, 8 x 8 pixels).")
+    console.print("A small convolutional network learns handwritten digits (scikit-learn, 8 x 8).")
     accuracy = _train(epochs, every, directory, seed, console)
     from ntk_monitor.history import load_history
 
@@ -164,6 +166,7 @@ def _print_places(directory: Path, console: "Console") -> None:
         "record": f"{directory}, read back by ntk_monitor.load_history({str(directory)!r})",
         "TensorBoard": f"{_tensorboard()} --logdir {shlex.quote(str(directory))}",
         "then open": f"http://localhost:6006/{VIEW}",
+        "": 'and untick "Ignore outliers" in its settings, which hides the first probes',
     }
     for name, place in places.items():
         # Lines to copy are never broken.
@@ -191,4 +194,5 @@ def _open(directory: Path, console: "Console") -> None:
     address = f"{server.launch()}{VIEW}"
     console.print(f"\nTensorBoard runs at {address}; end it with Ctrl-C.", soft_wrap=True, markup=False)
     webbrowser.open(address)
-    signal.pause()
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()

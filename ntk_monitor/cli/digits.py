@@ -60,14 +60,14 @@ class Digits(pl.LightningModule):
         logits: Tensor = self.network(images)
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """Return the loss of a batch."""
         images, classes = batch
         loss = functional.cross_entropy(self(images), classes)
         self.log("train_loss", loss)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
         """Log the share of held-out digits that are read correctly."""
         images, classes = batch
         self.log("val_accuracy", (self(images).argmax(dim=1) == classes).float().mean())

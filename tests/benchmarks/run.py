@@ -117,7 +117,7 @@ def measured(case: Case, device: str, repeats: int, limit: float) -> list[Result
     workers = {method: Worker(case, method, device) for method in case.methods}
     for worker in workers.values():
         worker.ask("", limit + 60)
-    results = []
+    results: list[Result] = []
     for quantity in case.quantities:
         rows = {method: Result(case.workload, case.samples, quantity, method) for method in case.methods}
         start = time.monotonic()
@@ -131,6 +131,9 @@ def measured(case: Case, device: str, repeats: int, limit: float) -> list[Result
             pairs = list(zip(row.seconds, yardstick, strict=False))
             row.ratio = statistics.median(own / other for own, other in pairs) if pairs else None
         results += rows.values()
+    # Last, because the float64 twin would be taken for memory of the method.
+    for row in results:
+        row.error = workers[row.method].ask(f"check {row.quantity}", limit).get("error")
     for worker in workers.values():
         worker.close()
     return results
@@ -141,7 +144,6 @@ def _add(row: Result, answer: dict[str, Any], worker: Worker) -> None:
     if answer:
         row.seconds.append(answer["seconds"])
         row.peak_mb = max(row.peak_mb, answer["peak_mb"])
-        row.error = answer.get("error")
 
 
 def line(row: Result) -> str:

@@ -1,19 +1,20 @@
 """One method in its own process, so that peak memory is its own. `run.py` starts several and gives them turns.
 
-Reads the quantity to compute from stdin, one per line, and answers each with a line of JSON.
+Reads the quantity to compute from stdin, one per line, and answers each with a line of JSON; "check trace" asks for the
+error of what was computed as trace.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tests import reference
-from tests.benchmarks.workloads import problem, runs
+from tests.benchmarks.workloads import Method, problem, runs
 
 CHECKED = 6
 """The float64 twin is computed for this many samples; an entry of the kernel depends on two samples only."""
@@ -52,16 +53,20 @@ def _clock(device: str) -> float:
     return time.perf_counter()
 
 
-def _error(kernel: Tensor, quantity: str, name: str, device: str) -> float:
-    """Return max|K - K₆₄| / max|K₆₄| over the first samples."""
-    model, x = problem(name, len(kernel), device)
-    exact = reference.ntk(reference.jacobian(model.double().cpu(), x[:CHECKED].double().cpu()))
-    got = kernel[:CHECKED, :CHECKED].cpu()
-    if quantity == "trace":
+def _error(kernel: Tensor, name: str, samples: int, device: str) -> float:
+    """Return max|K - K₆₄| / max|K₆₄| for the kernel of the first samples, full or trace."""
+    model, x = problem(name, samples, device)
+    model = model.double().cpu()
+    exact = reference.ntk(reference.rows(model, model(x[:CHECKED].double().cpu())))
+    if kernel.ndim == 2:
         exact = torch.einsum("ncmc->nm", exact)
-    else:
-        got = kernel[:CHECKED, :, :CHECKED].cpu()
-    return float((got - exact).abs().max() / exact.abs().max())
+    return float((kernel - exact).abs().max() / exact.abs().max())
+
+
+def _first(kernel: Tensor) -> Tensor:
+    """Return the kernel of the first samples."""
+    block = kernel[:CHECKED, :, :CHECKED] if kernel.ndim == 4 else kernel[:CHECKED, :CHECKED]
+    return block.cpu().clone()
 
 
 def _say(answer: dict[str, Any]) -> None:
@@ -69,28 +74,29 @@ def _say(answer: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def main(name: str, samples: str, method: str, device: str) -> None:
+def main(name: str, samples: str, method: Method, device: str) -> None:
     """Warm up on two samples, then run what stdin asks for until it closes."""
     for run in runs(method, *problem(name, 2, device)).values():
         run()
     model, x = problem(name, int(samples), device)
     work = runs(method, model, x)
     memory = Memory(device)
-    checked: dict[str, float] = {}
-    _say({"ready": True, "parameters": sum(p.numel() for p in model.parameters())})
+    kernels: dict[str, Tensor] = {}
+    _say({"ready": True})
     for line in sys.stdin:
         quantity = line.strip()
+        if quantity.startswith("check "):
+            kernel = kernels.get(quantity.removeprefix("check "))
+            _say({"error": None if kernel is None else _error(kernel, name, int(samples), device)})
+            continue
         memory.reset()
         start = _clock(device)
-        kernel = work[quantity]()
-        answer = {"seconds": _clock(device) - start, "peak_mb": memory.peak()}
-        if kernel is not None:
-            if quantity not in checked:
-                checked[quantity] = _error(kernel, quantity, name, device)
-            answer["error"] = checked[quantity]
-        _say(answer)
-        del kernel
+        found = work[quantity]()
+        _say({"seconds": _clock(device) - start, "peak_mb": memory.peak()})
+        if found is not None:
+            kernels[quantity] = _first(found)
+        del found
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2], cast("Method", sys.argv[3]), sys.argv[4])

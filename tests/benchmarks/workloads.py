@@ -5,6 +5,7 @@ N samples, C outputs, P parameters. Weights and inputs are random; the cost of a
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional
 import ntk_monitor as ntk
 
 Run = Callable[[], Tensor | None]
+Method: TypeAlias = Literal["backwards", "reference", "rows", "step", "probe"]
 
 
 def mlp() -> nn.Module:
@@ -51,7 +53,7 @@ def problem(name: str, samples: int, device: str) -> tuple[nn.Module, Tensor]:
     return build().eval().to(device), torch.randn(samples, *shape).to(device)
 
 
-def runs(method: str, model: nn.Module, x: Tensor) -> dict[str, Run]:
+def runs(method: Method, model: nn.Module, x: Tensor) -> dict[str, Run]:
     """Return what a method does, by the quantity it yields; a kernel is returned for the check of its error."""
     if method == "backwards":
         return dict.fromkeys(("trace", "full"), lambda: backwards(model, x))
@@ -81,7 +83,7 @@ def training_step(model: nn.Module, x: Tensor) -> Run:
 
     def step() -> None:
         optimizer.zero_grad()
-        functional.cross_entropy(model(x), classes).backward()  # type: ignore[no-untyped-call]
+        functional.cross_entropy(model(x), classes).backward()
         optimizer.step()
 
     return step

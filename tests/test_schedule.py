@@ -1,0 +1,149 @@
+"""When to probe: by counting steps that may jump, or by a share of the time that is kept."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ntk_monitor.schedule import LearningRates, Schedule
+
+
+@dataclass
+class Clock:
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_first_step_is_always_due() -> None:
+    assert Schedule(10, 0.02).due(0)
+    assert Schedule(10, 0.02).due(7)
+    assert Schedule(None, 0.02).due(3)
+
+
+@given(st.integers(1, 7), st.lists(st.integers(1, 12), max_size=40))
+def test_every_multiple_that_is_passed_is_probed_once(every: int, jumps: list[int]) -> None:
+    schedule, step, probed = Schedule(every, 0.02), 0, [0]
+    assert schedule.due(0)
+    schedule.done(0, 1.0)
+    for jump in jumps:
+        before, step = step, step + jump
+        passed = any(n % every == 0 for n in range(before + 1, step + 1))
+        assert schedule.due(step) == (passed or step // every > probed[-1] // every)
+        if schedule.due(step):
+            assert passed
+            schedule.done(step, 1.0)
+            probed.append(step)
+        assert not schedule.due(step)
+    assert len({n // every for n in probed}) == len(probed)
+
+
+def test_a_step_is_not_probed_twice_nor_after_going_back() -> None:
+    schedule = Schedule(1, 0.02)
+    schedule.done(5, 0.0)
+    assert not schedule.due(5)
+    assert not schedule.due(4)
+    schedule.done(3, 0.0)
+    assert schedule.last_step == 5
+    assert schedule.due(6)
+
+
+@given(
+    st.floats(0.001, 1.0),
+    st.lists(st.tuples(st.floats(0.0, 2.0), st.floats(0.0, 5.0)), min_size=1, max_size=60),
+)
+def test_the_share_of_time_is_kept_to_within_one_probe(share: float, steps: list[tuple[float, float]]) -> None:
+    clock = Clock()
+    schedule = Schedule(None, share, clock)
+    schedule.start()
+    dearest, probes = 0.0, 0
+    for step, (work, cost) in enumerate(steps):
+        clock.now += work
+        if schedule.due(step):
+            clock.now += cost
+            schedule.done(step, cost / 2)
+            schedule.pay(cost / 2)
+            dearest, probes = max(dearest, cost), probes + 1
+        assert schedule.spent <= share * schedule.elapsed + dearest + 1e-9
+    assert probes >= 1
+
+
+def test_probes_come_as_often_as_the_budget_allows() -> None:
+    clock = Clock()
+    schedule = Schedule(None, 0.1, clock)
+    schedule.start()
+    probed = []
+    for step in range(1001):
+        if schedule.due(step):
+            probed.append(step)
+            clock.now += 1.0
+            schedule.done(step, 1.0)
+        clock.now += 1.0
+    # One second of probe for each ten seconds of time: every nine steps, after the first is paid back.
+    assert len(probed) == pytest.approx(1001 / 9, rel=0.03)
+    assert schedule.overhead == pytest.approx(0.1, rel=0.03)
+
+
+def test_a_probe_is_made_only_when_its_own_cost_is_earned_too() -> None:
+    clock = Clock()
+    schedule = Schedule(None, 0.1, clock)
+    schedule.start()
+    for step in range(200):
+        clock.now += 1.0
+        if schedule.due(step):
+            clock.now += 3.0
+            schedule.done(step, 3.0)
+            assert step == 0 or schedule.spent <= 0.1 * schedule.elapsed
+    assert schedule.spent > 9
+
+
+def test_a_free_monitor_probes_at_every_step() -> None:
+    clock = Clock()
+    schedule = Schedule(None, 0.5, clock)
+    schedule.start()
+    schedule.done(0, 0.0)
+    clock.now += 1e-9
+    assert schedule.due(1)
+
+
+def test_the_clock_starts_once() -> None:
+    clock = Clock()
+    schedule = Schedule(None, 0.5, clock)
+    assert schedule.elapsed == 0
+    assert schedule.overhead == 0
+    schedule.start()
+    clock.now += 2
+    schedule.start()
+    assert schedule.elapsed == 2
+    schedule.done(0, 1.0)
+    assert schedule.overhead == 0.5
+    schedule.pay(9.0)
+    assert schedule.overhead == 1.0
+
+
+def test_learning_rates_are_kept_where_they_change() -> None:
+    rates = LearningRates()
+    assert rates.taken() == ([], [])
+    for step, rate in enumerate([0.1, 0.1, 0.1, 0.05, 0.05]):
+        rates.record(step, (rate, 1.0))
+    assert rates.taken() == ([0, 3], [(0.1, 1.0), (0.05, 1.0)])
+    # The rate in force opens the next stretch.
+    assert rates.taken() == ([3], [(0.05, 1.0)])
+    rates.record(9, (0.1, 1.0))
+    assert rates.taken() == ([3, 9], [(0.05, 1.0), (0.1, 1.0)])
+
+
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=1, max_size=30), st.integers(1, 10))
+def test_the_rate_of_every_step_can_be_read_back(values: list[float], every: int) -> None:
+    rates, seen = LearningRates(), dict[int, float]()
+    for step, value in enumerate(values):
+        rates.record(step, (value,))
+        if (step + 1) % every == 0 or step + 1 == len(values):
+            changes = dict(zip(*rates.taken(), strict=True))
+            for past in range(step + 1 - min(every, step + 1), step + 1):
+                known = [at for at in changes if at <= past]
+                if known:
+                    seen[past] = changes[max(known)][0]
+    assert seen == dict(enumerate(values))
