@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ntk_monitor.errors import HistoryError, InputError
 from ntk_monitor.metrics import NAMES, SCALARS
 from ntk_monitor.runs import read
-from ntk_monitor.snapshot import ARRAYS, SCHEMA, Floats, Snapshot
+from ntk_monitor.snapshot import ARRAYS, SCHEMA, Floats, Integers, Snapshot
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -203,7 +203,7 @@ def load_history(*runs: Path | Sequence[Path], prefix: str | None = None) -> His
     return History(found.snapshots, found.notes, found.prefix)
 
 
-def _stacked(arrays: Sequence[Floats], ndim: int) -> Floats:
+def _stacked(arrays: Sequence[Floats | Integers], ndim: int) -> Floats:
     """Return arrays of `ndim` dimensions stacked along a new first one, padded to the largest with NaN."""
     filled = [array for array in arrays if array.size]
     shape = tuple(max((array.shape[i] for array in filled), default=0) for i in range(ndim))
@@ -214,7 +214,7 @@ def _stacked(arrays: Sequence[Floats], ndim: int) -> Floats:
     return stacked
 
 
-def _padded(array: Floats, shape: tuple[int, ...]) -> Floats:
+def _padded(array: Floats | Integers, shape: tuple[int, ...]) -> Floats | Integers:
     if array.shape == shape:
         return array
     padded = np.full(shape, np.nan)

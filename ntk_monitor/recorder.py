@@ -52,10 +52,20 @@ class Recorder:
         source = SourceMetadata(writer="ntk_monitor.recorder")
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=source))
 
-    def write(self, snapshot: Snapshot, prefix: str = "ntk", extra: Iterable[Summary.Value] = ()) -> None:
-        """Append one probe as one Event: the record, its scalars, what stock widgets can draw, and further values."""
-        shown = [*board.scalars(snapshot, prefix), *board.pictures(snapshot, prefix), *extra]
-        self._append(event(snapshot, prefix, shown))
+    def write(
+        self, snapshot: Snapshot, prefix: str = "ntk", extra: Iterable[Summary.Value] = (), *, stock: bool = True
+    ) -> None:
+        """Append one probe as one Event.
+
+        Args:
+            snapshot: the probe; steps must increase.
+            prefix: of every tag.
+            extra: further values for the same Event (see `ntk_monitor.stock`).
+            stock: also write the scalars and pictures that TensorBoard's own dashboards show. Drawing a stored Gram
+                matrix costs about 0.3 s.
+        """
+        shown = [*board.scalars(snapshot, prefix), *board.pictures(snapshot, prefix)] if stock else []
+        self._append(event(snapshot, prefix, [*shown, *extra]))
 
     def flush(self) -> None:
         """Wait until the disk has everything, which survives a power failure; a crash of the process needs no flush."""

@@ -257,7 +257,7 @@ class _Page:
     def arrange(self) -> None:
         """Choose the margins so that every label fits, then place each Axes by its domain.
 
-        Labels decide the margins and margins decide the labels' ticks, so this measures three times.
+        Labels decide the margins and margins decide the labels' ticks, so this measures five times.
         """
         renderer = self.canvas.canvas.get_renderer()  # type: ignore[attr-defined]
         width, height = self.canvas.bbox.width, self.canvas.bbox.height
@@ -279,7 +279,7 @@ class _Page:
         right = pad + (box.width if box is not None and not self.narrow else 0)
         bottom = pad + (box.height if box is not None and self.narrow else 0)
         need = np.array([40.0, 40.0, 40.0, 20.0])
-        for _ in range(3):
+        for _ in range(5):
             left_edge, bottom_edge = (pad + need[0]) / width, (bottom + need[1]) / height
             right_edge, top_edge = 1 - (right + need[2]) / width, 1 - (top + need[3]) / height
             # A canvas too small for its labels still gets a plot, with labels cut off.

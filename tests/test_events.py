@@ -152,7 +152,7 @@ def test_other_values_are_no_probe() -> None:
 
 def test_one_probe_is_one_event(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
-        recorder.write(probe(7))
+        recorder.write(probe(7), stock=False)
         recorder.write(skipped(8))
     found = list(records(recorder.path))
     assert [(event.step, event.wall_time) for event in found[1:]] == [(7, probe(7).wall_time), (8, 8.0)]
@@ -162,7 +162,7 @@ def test_one_probe_is_one_event(tmp_path: Path) -> None:
 def test_tensorboards_own_reader_sees_every_tag(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         for step in range(30):
-            recorder.write(probe(step))
+            recorder.write(probe(step), stock=False)
     reader = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     reader.Reload()
     assert set(reader.Tags()["tensors"]) == {events.tag(name) for name in (*ARRAYS, "record")}

@@ -55,9 +55,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run(tmp_path_factory.mktemp("plain"), [])
 
 
-@pytest.mark.parametrize(
-    "fault", [RuntimeError("boom"), MemoryError("boom"), np.linalg.LinAlgError("boom")], ids=repr
-)
+@pytest.mark.parametrize("fault", [RuntimeError("boom"), MemoryError("boom"), np.linalg.LinAlgError("boom")], ids=repr)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.filterwarnings("default::ntk_monitor.say.NTKWarning")
 def test_a_fault_in_any_stage_costs_at_most_the_probe(

@@ -178,7 +178,7 @@ class _Module(L.LightningModule):
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
         return loss
 
     def configure_optimizers(self) -> Any:

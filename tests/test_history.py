@@ -25,7 +25,7 @@ def _write(directory: Path, snapshots: Iterable[Snapshot], prefix: str = "ntk", 
     """Return the event file written, as if writing had begun at `start` seconds."""
     with Recorder(directory) as recorder:
         for snapshot in snapshots:
-            recorder.write(snapshot, prefix)
+            recorder.write(snapshot, prefix, stock=False)
     if start is None:
         return recorder.path
     seconds = recorder.path.name.split(".")[3]
