@@ -13,8 +13,8 @@ from torch import Tensor
 
 Layout: TypeAlias = Literal["full", "trace", "per_output"]
 
-# Float64 copies of a Jacobian block are made this many elements at a time (8 MiB): small beside it, and taken from memory
-# that is in use already. At 64 MiB each copy is mapped anew, which doubled the time of an MLP.
+# Float64 copies of a Jacobian block are made this many elements at a time (8 MiB): small beside it, and taken from
+# memory that is in use already. At 64 MiB each copy is mapped anew, which doubled the time of an MLP.
 _SLAB = 2**20
 
 
