@@ -4,6 +4,7 @@ A hook asks when, calls what, hands the result on. Inside `fit` nothing of ours 
 warning and a recorded skip.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
@@ -139,7 +140,7 @@ class NTKMonitor(Base):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Record the learning rates that this step uses; schedulers change them right after it."""
         if self.monitor is not None and not self._resting:
-            self.monitor.steps = trainer.global_step
+            self.monitor.steps, self.monitor.optimizers = trainer.global_step, trainer.optimizers
             try:
                 self.monitor.observe()
             except Exception as error:
@@ -190,6 +191,7 @@ class NTKMonitor(Base):
         """Run one step; what it raises becomes one warning, and the monitor rests."""
         if self._resting:
             return
+        start, paid = time.perf_counter(), self._paid()
         try:
             # Our own code draws nothing, but loggers and data sets may.
             with random_state():
@@ -198,6 +200,13 @@ class NTKMonitor(Base):
             if self.recipe.strict:
                 raise
             self._rest(f"{type(error).__name__}: {error}")
+        if self.monitor is not None:
+            # Writing, drawing and matching cost time too, and belong to the budget.
+            rest = time.perf_counter() - start - (self._paid() - paid)
+            self.monitor.schedule.pay(max(0.0, rest))
+
+    def _paid(self) -> float:
+        return 0.0 if self.monitor is None else self.monitor.schedule.spent
 
     def _rest(self, reason: str) -> None:
         with suppress(Exception):
@@ -222,7 +231,7 @@ class NTKMonitor(Base):
             self.monitor.schedule.last_step = self._restored["last_step"]
             self.monitor.probes = self._restored["probes"]
         elif self._restored:
-            say("the probe of the interrupted run could not be restored: its history and this one are not comparable")
+            say("this probe is not the one of the interrupted run: its history and this one are not comparable")
         self._restored = {}
         if self.recipe.loss is None:
             self._matching = Matching(candidates(pl_module))
@@ -232,13 +241,14 @@ class NTKMonitor(Base):
     def _remembered(self) -> Probe | None:
         """Return the probe of the run that is being resumed, when its checkpoint holds the samples."""
         state = self._restored
-        if state.get("inputs") is None:
-            return None
+        if state.get("inputs") is None or not (self._wanted is None or isinstance(self._wanted, int)):
+            return None  # nothing stored, or a probe was given, which is the newer wish
         return Probe(state["inputs"], state["targets"], state["source"], tuple(state["indices"]))
 
     def _remembered_draw(self) -> Any:
         """Return what to draw: as many samples as the interrupted run had, so that the seed finds the same ones."""
-        return len(self._restored["indices"]) if self._restored.get("indices") else self._wanted
+        indices = self._restored.get("indices")
+        return len(indices) if indices and self._wanted is None else self._wanted
 
     def _look_at(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self.monitor is None:

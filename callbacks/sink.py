@@ -10,6 +10,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from ntk_monitor import board
 from ntk_monitor.callbacks.lightning_base import Trainer
+from ntk_monitor.errors import InputError
 from ntk_monitor.events import event
 from ntk_monitor.metrics import NAMES
 from ntk_monitor.recipe import Recipe
@@ -41,7 +42,11 @@ class Sink:
             self.directory = Path(writer.get_logdir())
             self._write = lambda snapshot: self._into(writer, snapshot)
         elif directory is not None and (recipe.log_dir or trainer.loggers):
-            self.recorder = Recorder(directory)
+            try:
+                self.recorder = Recorder(directory)
+            except (OSError, InputError) as error:
+                say(f"no record is written, loggers still get the scalars: {error}")
+                return
             self.directory = self.recorder.log_dir
             self._write = self._record
 

@@ -47,12 +47,20 @@ def drawn(trainer: Trainer, module: nn.Module, wanted: Any, recipe: Recipe) -> P
     data = wanted
     if wanted is None or isinstance(wanted, int):
         data = trainer.train_dataloader
-        if not (isinstance(data, DataLoader) and indexable(data)):
+        # A hook that changes batches on their way to the device (normalisation on the GPU, say) is part of the data.
+        if not (isinstance(data, DataLoader) and indexable(data)) or _transforms(trainer):
             return None
     if isinstance(wanted, int):
         return Probe.of(data, wanted, recipe.seed)
     first = Probe.of(data, 2, recipe.seed)
     return Probe.of(data, default_samples(outputs_per_sample(module, first, recipe)), recipe.seed)
+
+
+def _transforms(trainer: Trainer) -> bool:
+    """True when the module or its data module overrides what happens to a batch between loader and training step."""
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    owners = [owner for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)) if owner is not None]
+    return any(not getattr(type(o), hook).__qualname__.startswith("DataHooks.") for o in owners for hook in hooks)
 
 
 def outputs_per_sample(module: nn.Module, probe: Probe, recipe: Recipe) -> int:

@@ -205,7 +205,7 @@ def _headed(forward: Forward | None, outputs: str, loss: Any) -> Forward:
 
         return total
     if outputs == "loss":
-        function = recognised(loss).function
+        function = recognised(loss).per_sample
 
         def losses(module: nn.Module, inputs: Batch) -> Tensor:
             samples, target = inputs

@@ -71,6 +71,17 @@ class Loss:
         except (RuntimeError, ValueError, IndexError, TypeError):
             return float("nan")
 
+    @property
+    def per_sample(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss of one sample, (1, ...) outputs and targets → scalar, whose weighted mean is the loss of a batch.
+
+        Cross-entropy keeps its class weight, which the mean over a single sample would cancel.
+        """
+        if self.kind != "cross_entropy":
+            return self.function
+        total = cross_entropy(**{**self.options, "reduction": "sum"}).function
+        return lambda f, y: total(f, y) if f.dim() == 2 else self.function(f, y)
+
     def terms(self, outputs: Tensor, targets: Tensor) -> Terms:
         """Return gradient and curvature at these outputs.
 
@@ -87,10 +98,11 @@ class Loss:
             return self._cross_entropy(f, y)
         if y.numel() != f.numel():
             raise InputError(f"targets of shape {tuple(y.shape)} do not fit outputs {tuple(f.shape)} of {self.name}")
-        return self._elementwise(f.reshape(len(f), -1), y.double().reshape(len(f), -1))
+        return self._elementwise(f, y.double())
 
     def _elementwise(self, f: Tensor, y: Tensor) -> Terms:
-        n = f.numel()
+        n, shape = f.numel(), f.shape[1:]
+        f, y = f.reshape(len(f), -1), y.reshape(len(f), -1)
         if self.kind == "mse":
             s = 2.0 if self.options.get("reduction") == "sum" else 2.0 / n
             g, curvature = s * (f - y), torch.full_like(f, s)
@@ -98,7 +110,8 @@ class Loss:
         else:
             scale = 1.0 if self.options.get("reduction") == "sum" else 1.0 / n
             weight = self.options.get("pos_weight")
-            pw = torch.ones(f.shape[1]) if weight is None else weight.detach().cpu().double().expand(f.shape[1])
+            pw = torch.ones(shape) if weight is None else weight.detach().cpu().double().expand(shape)
+            pw = pw.reshape(-1)
             a, p = 1 + (pw - 1) * y, f.sigmoid()
             g, curvature = scale * (a * p - pw * y), scale * a * p * (1 - p)
             value = scale * float(F.binary_cross_entropy_with_logits(f, y, pos_weight=pw.double(), reduction="sum"))
@@ -287,9 +300,20 @@ def _module_loss(loss: nn.Module) -> Loss | None:
     return None
 
 
+def _same_loss(a: Loss, b: Loss) -> bool:
+    """True for losses that differ in no option, class weights included."""
+    pairs = [(value, b.options.get(name)) for name, value in a.options.items()]
+    return a.name == b.name and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y for x, y in pairs
+    )
+
+
 def candidates(module: nn.Module) -> list[Loss]:
     """Return the losses a training step may have used: those attached to the module first, then the usual ones."""
-    attached = [known for child in module.modules() if (known := _module_loss(child))]
+    attached: list[Loss] = []
+    for child in module.modules():
+        if (known := _module_loss(child)) and not any(_same_loss(known, other) for other in attached):
+            attached.append(known)
     usual = [
         cross_entropy(),
         *(cross_entropy(label_smoothing=eps) for eps in (0.05, 0.1, 0.2)),

@@ -13,7 +13,8 @@ from ntk_monitor.losses import Loss
 # close (label smoothing changes nothing while all classes are equally likely), so the winner must also stand out.
 _TOLERANCE = 1e-3
 _STANDS_OUT = 10.0
-_BATCHES = 8
+# One batch is no evidence: a penalty inside the loss can look like label smoothing by chance (7 to 12 % of runs).
+_ENOUGH, _BATCHES = 3, 8
 
 
 @dataclass(slots=True)
@@ -43,11 +44,11 @@ class Matching:
     @property
     def match(self) -> Loss | None:
         """The candidate that agrees on every batch so far and stands out from the rest, or None."""
-        if not self.worst:
+        if self.batches < _ENOUGH or not self.worst:
             return None
         # By position, not by name: two losses attached to a module may differ in nothing but their class weights.
         (error, best), *rest = sorted((error, i) for i, error in enumerate(self.worst))
-        if error > _TOLERANCE:
+        if error > max(_TOLERANCE, self.rounding):
             return None
         rivals = [other for other, i in rest if self.candidates[i].kind != "other"]
         floor = max(error, self.rounding)
@@ -56,7 +57,7 @@ class Matching:
     @property
     def over(self) -> bool:
         """True when a match was found, or when enough batches were compared to say there is none."""
-        hopeless = bool(self.worst) and min(self.worst) > _TOLERANCE and self.batches >= 3
+        hopeless = bool(self.worst) and min(self.worst) > max(_TOLERANCE, self.rounding) and self.batches >= _ENOUGH
         return self.match is not None or hopeless or self.batches >= _BATCHES
 
     @property
@@ -66,6 +67,8 @@ class Matching:
             return "matched"
         if not self.batches:
             return "not verified: no training loss was seen"
+        if self.batches < _ENOUGH:
+            return f"not verified: it takes {_ENOUGH} batches, {self.batches} were seen; pass loss="
         if min(self.worst, default=math.inf) <= _TOLERANCE:
             return "not verified: several known losses give the Trainer's value; pass loss="
         return f"not verified: no known loss gives the Trainer's value ({self.last}); pass loss="

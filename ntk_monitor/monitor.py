@@ -164,7 +164,7 @@ class Monitor:
         carried, previous_step = np.empty(0), None
         if modes is not None and terms is not None and previous is not None and previous[2] is not None:
             carried, previous_step = previous[2].carried(terms.gradient), previous[0]
-        labels = self.probe.labels
+        labels = self._labels()
         means = _mean_over_outputs(raw.values, self.probe.samples)
         metrics = self._metrics(raw, means)
         with_gram = self.recipe.gram_every and self.probes % self.recipe.gram_every == 0
@@ -248,9 +248,32 @@ class Monitor:
             return None, "the probe has no targets"
         try:
             terms = self.loss.terms(raw.predictions, self.probe.targets)
-        except NTKMonitorError as error:
-            return None, str(error)
+        except Exception as error:  # noqa: BLE001 - shapes that do not fit cost the modes, not the probe
+            return None, _sentence(error)
         return (terms, "") if np.isfinite(terms.gradient).all() else (None, "the loss gradient is not finite")
+
+    def _labels(self) -> NDArray[np.int64] | None:
+        """Return class labels (N,): what cross-entropy takes for labels, or integers that look like some."""
+        targets = self.probe.targets
+        labels = self.probe.labels
+        if labels is None and self._classifies() and targets.numel() == self.probe.samples:
+            labels = targets.detach().cpu().reshape(-1).numpy().astype(np.int64)
+        return labels
+
+    def _classifies(self) -> bool:
+        targets = self.probe.targets
+        integers = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex())
+        return integers and self.loss is not None and self.loss.kind == "cross_entropy"
+
+    def _target_features(self) -> Array | None:
+        """Return targets as (N, D) for the alignment: one-hot classes, or numbers; None when they are neither."""
+        labels, targets = self._labels(), self.probe.targets
+        if labels is not None:
+            return np.asarray(labels[:, None] == np.unique(labels), dtype=np.float64)
+        numbers = isinstance(targets, Tensor) and not targets.is_complex()
+        if not numbers or not (targets.is_floating_point() or (self.loss is not None and self.loss.kind == "mse")):
+            return None
+        return np.asarray(targets.detach().cpu().double().reshape(self.probe.samples, -1).numpy())
 
     def _loss_value(self, raw: Measurement) -> float:
         if self.loss is None or not isinstance(self.probe.targets, Tensor):
@@ -265,10 +288,9 @@ class Monitor:
                 "condition_log10": float(np.log10(spectrum.condition_number)),
                 "effective_rank": spectrum.effective_rank,
             }
-        if raw.layout != "loss" and isinstance(self.probe.targets, Tensor):
-            targets = _target_features(self.probe)
-            if targets is not None:
-                metrics["alignment"] = alignment(means, targets)
+        targets = self._target_features()
+        if raw.layout != "loss" and targets is not None:
+            metrics["alignment"] = alignment(means, targets)
         if self._previous is not None and self._previous[1].shape == raw.values.shape:
             metrics["kernel_change"] = kernel_change(self._previous[1], raw.values)
         return metrics
@@ -302,15 +324,6 @@ def _mean_over_outputs(values: Array, samples: int) -> Array:
     """Return the (N, N) kernel averaged over outputs, whatever layout it came in."""
     outputs = len(values) // samples
     return np.asarray(np.einsum("ncmc->nm", values.reshape(samples, outputs, samples, outputs)) / outputs)
-
-
-def _target_features(probe: Probe) -> Array | None:
-    labels = probe.labels
-    if labels is not None:
-        return np.asarray(labels[:, None] == np.unique(labels), dtype=np.float64)
-    if not isinstance(probe.targets, Tensor) or probe.targets.is_complex():
-        return None
-    return np.asarray(probe.targets.detach().cpu().double().reshape(probe.samples, -1).numpy())
 
 
 def _sentence(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from ntk_monitor.batch import Batch, moved, size, take
@@ -171,7 +172,9 @@ class Network:
             if self._recurrent and self.device.type == "cuda":
                 # cuDNN has no backward for recurrent layers in evaluation mode.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            output = only_tensor(self._forward(self._shadow.fresh(replaced), inputs))
+            # The last line of defence: a live module reached behind the shadow's back is refused before it runs.
+            stack.callback(register_module_forward_pre_hook(self._refuse_live).remove)
+            output = only_tensor(self._called(self._shadow.fresh(replaced), inputs))
         samples = size(inputs)
         if output.dim() == 0 or output.shape[0] != samples:
             raise InputError(
@@ -179,6 +182,23 @@ class Network:
                 "pass forward=callable(module, inputs) that returns one"
             )
         return output
+
+    def _called(self, module: nn.Module, inputs: Batch) -> Any:
+        try:
+            return self._forward(module, inputs)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise InputError(
+                f"{str(error).strip()}: the inputs do not fit the call; pass forward=callable(module, inputs)"
+            ) from error
+
+    def _refuse_live(self, module: nn.Module, _: Any) -> None:
+        if self._shadow.knows(module):
+            raise NetworkError(
+                f"the forward pass reaches a live {type(module).__name__} through an object that cannot be followed; "
+                "register it as a submodule and call it as self.name"
+            )
 
 
 def _rows(output: Tensor) -> Tensor:

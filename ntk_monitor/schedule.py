@@ -1,5 +1,6 @@
 """When to probe: every n optimizer steps, or as often as a share of the wall time allows. No torch, own clock."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class LearningRates:
 
     def taken(self) -> tuple[list[int], list[tuple[float, ...]]]:
         """Return the changes since the last call; the rates now in force open the next stretch."""
-        found = (self.steps, self.values)
+        widest = max((len(rates) for rates in self.values), default=0)
+        # Unfreezing adds parameter groups in the middle of a run.
+        found = (self.steps, [rates + (math.nan,) * (widest - len(rates)) for rates in self.values])
         self.steps, self.values = self.steps[-1:], self.values[-1:]
         return found

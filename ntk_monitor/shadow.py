@@ -5,18 +5,23 @@ Parameter swapped by a functional call) they do to the shadow. The live module k
 flags by construction, not by being repaired afterwards.
 
 Parameters become new leaf tensors that share the live storage, so tensor hooks and gradient accumulators of the live
-ones never fire. Buffers and other small tensors are cloned. Code is shared.
+ones never fire. Buffers and other small tensors are cloned, and so is whatever else a forward pass may write to:
+containers, generators, closures, objects of the user's own. Code is shared.
 """
 
 import copy
+import enum
+import functools
 import types
+import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.utils.data import DataLoader, Dataset
 
 from ntk_monitor.errors import NetworkError
 from ntk_monitor.guard import Generator
@@ -27,6 +32,18 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 # A tensor that is neither parameter nor buffer and larger than this is data kept on the module, not state: shared, so
 # that a data set held as an attribute is not copied at every probe.
 _STATE_BYTES = 64 * 2**20
+
+
+# Values without state, shared without a look.
+_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device, type})
+
+# Objects of these packages belong to the machinery around the model; their state is not the model's.
+_FOREIGN = frozenset(
+    {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "numpy", "builtins"}
+    | {"logging", "threading", "multiprocessing", "concurrent", "asyncio", "pathlib", "re", "io", "collections"}
+)
+# Nor these: identity is their meaning, or they hold the training data or the optimizer.
+_IDENTITIES = (enum.Enum, type, types.ModuleType, Dataset, DataLoader, torch.optim.Optimizer)
 
 
 class Shadow:
@@ -45,6 +62,7 @@ class Shadow:
         self._promote = promote
         self._detached = detached
         self._memo: dict[int, Any] = {}
+        self._live = module  # kept alive, or its parts' ids could be given to new objects
         self.module = self._shadow(module)
 
     def fresh(self, replaced: Mapping[Tensor, Tensor]) -> nn.Module:
@@ -62,6 +80,10 @@ class Shadow:
     def of(self, live: nn.Module | Tensor) -> Any:
         """Return the shadow of a live module or tensor, or None when it has none."""
         return self._memo.get(id(live))
+
+    def knows(self, live: nn.Module) -> bool:
+        """True for a live module that has a shadow, which must run in its place."""
+        return id(live) in self._memo and self._memo[id(live)] is not live
 
     def _shadow(self, module: nn.Module) -> nn.Module:
         module = unwrapped(module)
@@ -87,19 +109,14 @@ class Shadow:
         return new
 
     def _value(self, value: Any) -> Any:
-        """Return the shadow of one attribute value; objects that hold no module or tensor are shared."""
-        if id(value) in self._memo:
-            return self._memo[id(value)]
-        if isinstance(value, nn.Module):
-            return self._shadow(value)
-        if isinstance(value, dict):
-            return self._dict(value)
-        if type(value) is list:
-            self._memo[id(value)] = items = []
-            items += [self._value(item) for item in value]
-            return items
-        self._memo[id(value)] = new = self._tensor(value) if isinstance(value, Tensor) else self._other(value)
-        return new
+        """Return the shadow of one attribute value: whatever may hold or be state is copied, everything else shared."""
+        if type(value) in _ATOMS:
+            return value
+        if id(value) not in self._memo:
+            kind = next((kind for kind in _RULES if isinstance(value, kind)), object)
+            new = _RULES.get(kind, Shadow._object)(self, value)
+            self._memo[id(value)] = new
+        return self._memo[id(value)]
 
     def _tensor(self, value: Tensor) -> Tensor:
         new = self._parameter(value) if isinstance(value, nn.Parameter) else _cloned(value)
@@ -107,43 +124,81 @@ class Shadow:
             return self._cast(new)
         return new
 
-    def _other(self, value: Any) -> Any:
-        if type(value) in (tuple, set):
-            return type(value)(self._value(item) for item in value)
-        if type(value) is deque:
-            return deque((self._value(item) for item in value), value.maxlen)
-        if isinstance(value, get_args(Generator)):
-            return value.clone_state() if isinstance(value, torch.Generator) else copy.deepcopy(value)
-        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-            return types.MethodType(value.__func__, self._shadow(value.__self__))
-        if isinstance(value, types.FunctionType) and value.__closure__:
-            return self._closure(value)
-        return value
-
     def _dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
         try:
             new = copy.copy(value)  # keeps ordered, default and attribute dicts what they are
         except Exception:  # noqa: BLE001 - a dict that cannot be copied is shared
             return value
         self._memo[id(value)] = new
-        for key, item in value.items():
-            new[key] = self._value(item)
+        if not _plain(value.values()):
+            for key, item in value.items():
+                new[key] = self._value(item)
         return new
 
-    def _closure(self, function: types.FunctionType) -> types.FunctionType:
-        """Rebind a function that closes over a module or parameter, such as `self.block = lambda x: self.layer(x)`."""
+    def _list(self, value: list[Any]) -> list[Any]:
+        new = copy.copy(value)
+        self._memo[id(value)] = new
+        if not _plain(value):
+            new[:] = [self._value(item) for item in value]
+        return new
+
+    def _collection(self, value: Any) -> Any:
+        """Rebuild a tuple, named tuple, set or deque."""
+        items = list(value) if _plain(value) else [self._value(item) for item in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return deque(items, value.maxlen) if isinstance(value, deque) else type(value)(items)
+
+    def _generator(self, value: Any) -> Any:
+        return value.clone_state() if isinstance(value, torch.Generator) else copy.deepcopy(value)
+
+    def _method(self, value: types.MethodType) -> types.MethodType:
+        return types.MethodType(value.__func__, self._value(value.__self__))
+
+    def _partial(self, value: "functools.partial[Any]") -> "functools.partial[Any]":
+        return functools.partial(
+            self._value(value.func),
+            *(self._value(item) for item in value.args),
+            **{key: self._value(item) for key, item in value.keywords.items()},
+        )
+
+    def _reference(self, value: "weakref.ref[Any]") -> Any:
+        target = value()
+        return weakref.ref(self._value(target)) if isinstance(target, nn.Module) else value
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """Rebind what a function closes over or has as defaults: `self.block = lambda x: self.layer(x)`."""
         cells = function.__closure__ or ()
         held = [_contents(cell) for cell in cells]
-        if not any(isinstance(value, (nn.Module, nn.Parameter)) for value in held):
+        rebound = [self._value(value) for value in held]
+        defaults = self._value(function.__defaults__)
+        keywords = self._value(function.__kwdefaults__)
+        same = all(new is old for new, old in zip(rebound, held, strict=True))
+        if same and _plain(function.__defaults__ or ()) and _plain((function.__kwdefaults__ or {}).values()):
             return function
-        rebound = tuple(
-            types.CellType(self._value(value)) if isinstance(value, (nn.Module, nn.Parameter)) else cell
-            for cell, value in zip(cells, held, strict=True)
+        closure = tuple(
+            cell if new is old else types.CellType(new) for cell, new, old in zip(cells, rebound, held, strict=True)
         )
-        new = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, rebound
-        )
-        new.__kwdefaults__ = function.__kwdefaults__
+        new = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, closure)
+        new.__kwdefaults__ = keywords
+        return new
+
+    def _object(self, value: Any) -> Any:
+        """Copy an object of the user's own: a schedule stepped in forward, a hook that collects, a configuration."""
+        kind = type(value)
+        foreign = kind.__module__.partition(".")[0] in _FOREIGN or isinstance(value, _IDENTITIES)
+        # A second object whose destructor runs would close what the first one still uses.
+        if foreign or not getattr(value, "__dict__", None) or hasattr(kind, "__del__"):
+            return value
+        try:
+            new = object.__new__(kind)
+        except TypeError:  # state outside of Python: shared
+            return value
+        self._memo[id(value)] = new
+        for name in (n for base in kind.__mro__ for n in getattr(base, "__slots__", ()) if hasattr(value, n)):
+            if name not in ("__dict__", "__weakref__"):
+                object.__setattr__(new, name, self._value(getattr(value, name)))
+        new.__dict__.update({name: self._value(item) for name, item in value.__dict__.items()})
         return new
 
     def _parameter(self, value: nn.Parameter) -> Tensor:
@@ -175,6 +230,26 @@ def unwrapped(module: nn.Module) -> nn.Module:
         if inner is None:
             return module
         module = inner
+
+
+# What each kind of value becomes; the first that fits. Anything else goes to `_object`.
+_RULES: dict[Any, Any] = {
+    nn.Module: Shadow._shadow,
+    Tensor: Shadow._tensor,
+    dict: Shadow._dict,
+    list: Shadow._list,
+    (tuple, set, deque): Shadow._collection,
+    get_args(Generator): Shadow._generator,
+    types.MethodType: Shadow._method,
+    types.FunctionType: Shadow._function,
+    functools.partial: Shadow._partial,
+    weakref.ref: Shadow._reference,
+}
+
+
+def _plain(values: Iterable[Any]) -> bool:
+    """True when nothing in here can be or hold state, so that a copy of the container is enough."""
+    return all(type(value) in _ATOMS for value in values)
 
 
 def _refusal(module: nn.Module) -> str | None:

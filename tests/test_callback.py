@@ -373,3 +373,80 @@ def test_lightning_cli_reads_every_option_from_yaml(tmp_path: Path) -> None:
 def test_bad_options_are_refused_at_the_door(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         NTKMonitor(**options)
+
+
+def test_a_hook_that_changes_batches_is_part_of_the_data(tmp_path: Path) -> None:
+    class Scaled(Classifier):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] * 0.01, batch[1]
+
+    callback = NTKMonitor(every_n_steps=4)
+    fit(tmp_path, callback, Scaled(mlp()))
+    assert callback.monitor is not None
+    assert float(callback.monitor.probe.inputs.max()) <= 0.01
+    assert callback.last is not None
+    assert callback.last.loss_status == "matched"
+
+
+def test_unfreezing_in_mid_run_loses_no_probe(tmp_path: Path) -> None:
+    class Unfreezes(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(list(self.net.parameters())[2:], lr=0.1)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 6 and len(self.trainer.optimizers[0].param_groups) == 1:
+                self.trainer.optimizers[0].add_param_group({"params": list(self.net.parameters())[:2], "lr": 0.01})
+
+    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4), Unfreezes(mlp()), logger=tensorboard(tmp_path))
+    assert list(history(tmp_path).steps) == [0, 4, 8, 12]
+    assert np.allclose(history(tmp_path)[2].lr_values, [[0.1, np.nan], [0.1, 0.01]], equal_nan=True)
+
+
+def test_a_given_probe_beats_the_one_of_the_interrupted_run(tmp_path: Path) -> None:
+    x, y = torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,))
+    run = fit(tmp_path, NTKMonitor(probe=16), max_steps=6)
+    run.save_checkpoint(tmp_path / "at6.ckpt")
+    second = NTKMonitor(probe=(x, y), every_n_steps=3)
+    seeded()
+    again = trainer(tmp_path, [second], max_steps=12, max_epochs=-1)
+    with pytest.warns() as said:
+        again.fit(Classifier(mlp()), loader(digits()), ckpt_path=tmp_path / "at6.ckpt")
+    assert any("not the one of the interrupted run" in str(w.message) for w in said)
+    assert second.monitor is not None
+    assert second.monitor.probe.samples == 8
+
+
+def test_an_unwritable_directory_costs_only_the_record(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    csv = CSVLogger(tmp_path / "csv")
+    with pytest.warns(NTKWarning, match="no record is written"):
+        fit(tmp_path, NTKMonitor(probe=8, log_dir=str(blocked)), logger=csv)
+    assert "ntk/trace" in (Path(csv.log_dir) / "metrics.csv").read_text()
+
+
+def test_many_classes_are_still_classes_for_cross_entropy() -> None:
+    x, y = torch.randn(24, 5), torch.arange(24) % 16
+    snapshot = ntk.Monitor(nn.Linear(5, 40), None, (x, y), "cross_entropy", outputs="full").snapshot(0)
+    assert snapshot.labels.size == 24
+    assert "alignment" in snapshot.metrics
+    counts = ntk.Monitor(nn.Linear(5, 40), None, (x, y)).snapshot(0)
+    assert counts.labels.size == 0
+    assert "alignment" not in counts.metrics
+
+
+def test_the_kernel_of_weighted_losses_carries_the_weights() -> None:
+    model, x, y = nn.Linear(5, 3).double(), torch.randn(6, 5).double(), torch.arange(6) % 3
+    weight = torch.tensor([1.0, 10.0, 0.1]).double()
+    plain = ntk.empirical_ntk(model, x, outputs="loss", targets=y, loss=nn.CrossEntropyLoss())
+    weighted = ntk.empirical_ntk(model, x, outputs="loss", targets=y, loss=nn.CrossEntropyLoss(weight))
+    assert torch.allclose(weighted, plain * weight[y] * weight[y][:, None])
+
+
+def test_the_same_loss_attached_twice_is_one_candidate(tmp_path: Path) -> None:
+    module = Classifier(mlp())
+    module.train_loss, module.valid_loss = nn.CrossEntropyLoss(), nn.CrossEntropyLoss()
+    callback = NTKMonitor(probe=8, every_n_steps=4)
+    fit(tmp_path, callback, module)
+    assert callback.last is not None
+    assert callback.last.loss_status == "matched"

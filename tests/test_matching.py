@@ -74,7 +74,7 @@ def test_near_initialisation_label_smoothing_is_never_decided_wrongly(dtype: tor
 
     for seed in range(150):
         scale = 10.0 ** (-seed / 25)  # 1 to 1e-6
-        matching = run(function, scale=scale, seed=seed, batches=1, dtype=dtype)
+        matching = run(function, scale=scale, seed=seed, batches=3, dtype=dtype)
         if matching.match is not None:
             assert matching.match.options["label_smoothing"] == smoothing
         elif matching.worst and min(matching.worst) < 1e-3:
@@ -166,3 +166,17 @@ def test_without_evidence_nothing_is_claimed() -> None:
     assert matching.match is None
     assert not matching.over
     assert matching.status == "not verified: no training loss was seen"
+
+
+@pytest.mark.parametrize("penalty", [1e-4, 5e-4, 1e-3])
+def test_a_penalty_inside_the_loss_is_not_taken_for_label_smoothing(penalty: float) -> None:
+    for seed in range(60):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3))
+        matching = Matching(candidates(net))
+        with torch.no_grad():
+            decay = penalty * sum(float(p.square().sum()) for p in net.parameters())
+            while not matching.over:
+                x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+                matching.add(net(x), y, float(F.cross_entropy(net(x), y)) + decay)
+        assert matching.match is None

@@ -6,8 +6,9 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -240,22 +241,131 @@ class _Helper:
         return y
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference", "rows"])
-@pytest.mark.parametrize("wrap", [_Helper, lambda layer: partial(nn.Module.__call__, layer)])
-def test_a_foreign_object_that_reaches_parameters_is_refused_by_name(wrap: Any, engine: Any) -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 1)
-            self.helper = wrap(self.layer)
+class _Pair(NamedTuple):
+    layer: nn.Module
+    scale: float
 
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.helper(x)
-            return y
 
-    model = Outer()
-    with pytest.raises(NetworkError, match=r"Outer reaches a parameter of shape .* register it as a submodule"):
-        empirical_ntk(model, torch.ones(2, 3), engine=engine)
+@dataclass
+class _Record:
+    layer: nn.Module
+
+
+def _calls(*layers: nn.Module) -> Any:
+    held = list(layers)
+    return lambda x: held[0](x)  # noqa: PLW0108 - the list is what is closed over
+
+
+def _default(layer: nn.Module) -> Any:
+    def function(x: Tensor, inner: nn.Module = layer) -> Tensor:
+        y: Tensor = inner(x)
+        return y
+
+    return function
+
+
+def _weak(layer: nn.Module) -> Any:
+    reference = weakref.ref(layer)
+    return lambda x: reference()(x)  # type: ignore[misc] # noqa: PLW0108 - the reference is closed over
+
+
+WRAPS: dict[str, Any] = {
+    "object": _Helper,
+    "partial": partial,
+    "partial of a method": lambda layer: partial(nn.Module.__call__, layer),
+    "named tuple": lambda layer: partial(lambda pair, x: pair.layer(x), _Pair(layer, 1.0)),
+    "dataclass": lambda layer: partial(lambda record, x: record.layer(x), _Record(layer)),
+    "list in a closure": _calls,
+    "default argument": _default,
+    "weak reference": _weak,
+    "bound method": lambda layer: layer.forward,
+}
+
+
+class _Outer(nn.Module):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1)).double()
+        self.helper = wrap(self.layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.helper(x)
+        return y
+
+
+@pytest.mark.parametrize("engine", ["reference", "rows"])
+@pytest.mark.parametrize("name", WRAPS)
+def test_a_module_reached_through_an_object_is_followed(name: str, engine: Any) -> None:
+    model, x = _Outer(WRAPS[name]), torch.randn(4, 3).double()
+    expected = empirical_ntk(model.layer, x, engine=engine)
+    statistics = {key: value.clone() for key, value in model.layer.state_dict().items()}
+    assert torch.equal(empirical_ntk(model, x, engine=engine), expected)
+    assert all(torch.equal(value, statistics[key]) for key, value in model.layer.state_dict().items())
+
+
+_REGISTRY: dict[str, nn.Module] = {}
+
+
+def test_a_module_that_cannot_be_followed_is_refused_before_it_runs() -> None:
+    model = _Outer(lambda layer: lambda x: _REGISTRY["layer"](x))  # noqa: PLW0108 - looked up late
+    _REGISTRY["layer"] = model.layer
+    before = model.layer[1].num_batches_tracked.clone()  # type: ignore[operator]
+    with pytest.raises(NetworkError, match=r"reaches a live Sequential .* register it as a submodule"):
+        empirical_ntk(model, torch.ones(4, 3).double())
+    assert torch.equal(model.layer[1].num_batches_tracked, before)  # type: ignore[arg-type]
+
+
+class _Collector:
+    """A hook that keeps activations, as feature extractors and regularisers do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.seen: list[Tensor] = []
+        layer.register_forward_hook(self.hook)
+
+    def hook(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.seen.append(output)
+
+
+class _Annealer:
+    def __init__(self) -> None:
+        self.temperature, self.generator = 1.0, torch.Generator().manual_seed(3)
+
+    def step(self) -> float:
+        self.temperature *= 0.9
+        return self.temperature + 0.0 * float(torch.rand(1, generator=self.generator))
+
+
+class _Stateful(nn.Module):
+    """State in plain objects, stepped in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+        self.collector = _Collector(self.layer)
+        self.annealer = _Annealer()
+        self.count = count = {"calls": 0}
+
+        def counted(x: Tensor) -> Tensor:
+            count["calls"] += 1
+            return x
+
+        self.counted = counted
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.counted(self.layer(x))
+        return y * self.annealer.step()
+
+
+@pytest.mark.parametrize("engine", ["auto", "rows"])
+def test_state_in_plain_objects_stays_with_the_live_module(engine: Any) -> None:
+    model, x = _Stateful(), torch.randn(4, 3).double()
+    generator = model.annealer.generator.get_state()
+    kernel = empirical_ntk(model, x, engine=engine)
+    assert torch.allclose(kernel, 0.81 * empirical_ntk(model.layer, x, engine=engine))
+    assert model.collector.seen == []
+    assert model.annealer.temperature == 1.0
+    assert torch.equal(model.annealer.generator.get_state(), generator)
+    assert model.count == {"calls": 0}
 
 
 def test_torchscript_is_refused() -> None:
