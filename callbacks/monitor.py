@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -107,6 +108,7 @@ class NTKMonitor(Base):
         self._wanted = _checked(probe, seed)
         if loss is not None:
             recognised(loss)
+        _check_device(device)
         self._restored: dict[str, Any] = {}
         self._reset()
 
@@ -211,6 +213,8 @@ class NTKMonitor(Base):
     def _rest(self, reason: str) -> None:
         with suppress(Exception):
             self._settle()  # what was measured is kept
+            if self.last is None and self._sink is not None:  # the history says why it holds nothing else
+                self._sink.write(Snapshot(step=0, wall_time=time.time(), status="skipped", reason=reason))
         self._resting = reason
         self.monitor = self._matching = None
         say(f"the monitor rests for the remainder of this run, training goes on: {reason}")
@@ -336,6 +340,8 @@ class NTKMonitor(Base):
             self._write(self._finished(raw))
 
     def _write(self, snapshot: Snapshot) -> None:
+        if self.last is None and snapshot.kernel == "full" and snapshot.modes_reason:
+            say(f"residual modes are off: {snapshot.modes_reason}")
         self.last = snapshot
         if self._sink is not None:
             self._sink.write(snapshot)
@@ -351,6 +357,15 @@ def _checked(probe: Any, seed: int) -> Any:
         raise InputError(f"probe must hold at least 1 sample, got {probe!r}")
     needs_trainer = probe is None or isinstance(probe, (int, Dataset, DataLoader))
     return probe if needs_trainer else Probe.of(probe, default_samples(1), seed)
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        kind = torch.device(device).type if device is not None else "cpu"
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device must be a torch device such as cpu or cuda:0, got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA here; leave device=None")
 
 
 def _bytes(probe: Probe) -> int:

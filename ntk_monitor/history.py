@@ -34,6 +34,10 @@ class History:
     """Sentences about what was lost, replaced, or makes probes incomparable."""
     prefix: str = "ntk"
 
+    def __repr__(self) -> str:
+        steps = f", steps {self.snapshots[0].step} to {self.snapshots[-1].step}" if self.snapshots else ""
+        return f"History({len(self.snapshots)} probes{steps}, {len(self.notes)} notes)"
+
     def __len__(self) -> int:
         return len(self.snapshots)
 

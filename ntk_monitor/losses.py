@@ -258,6 +258,8 @@ def recognised(loss: Any) -> Loss:
         if loss not in names:
             raise InputError(f"unknown loss {loss!r}; known names are {[n for n in names if isinstance(n, str)]}")
         return names[loss]()
+    if isinstance(loss, type):
+        raise InputError(f"loss must be an instance, got the class {loss.__name__}; pass {loss.__name__}()")
     if isinstance(loss, nn.Module) and (known := _module_loss(loss)):
         return known
     if callable(loss):

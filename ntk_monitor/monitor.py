@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 
 from ntk_monitor.errors import InputError, LossUnknownError, NTKMonitorError
 from ntk_monitor.guard import undisturbed
-from ntk_monitor.kernel import Kernel, measured
+from ntk_monitor.kernel import MEMORY_LIMIT, Kernel, measured
 from ntk_monitor.losses import Loss, Terms, recognised
 from ntk_monitor.modes import Modes
 from ntk_monitor.network import Network
 from ntk_monitor.probe import Probe, default_samples
-from ntk_monitor.recipe import Recipe
+from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
 from ntk_monitor.say import say
 from ntk_monitor.schedule import LearningRates, Schedule
 from ntk_monitor.similarity import alignment, kernel_change
@@ -95,6 +95,7 @@ class Monitor:
         self.learning_rates = LearningRates()
         self.steps = 0
         self.probes = 0
+        self._weighed = False
         self._previous: tuple[int, Array, Modes | None] | None = None
 
     def observe(self) -> None:
@@ -126,13 +127,14 @@ class Monitor:
         """
         start = time.perf_counter()
         recipe, probe = self.recipe, self.probe
-        predictions = self._predictions()
+        predictions, parameters = self._predictions()
         outputs = _outputs(predictions)
-        layout = recipe.layout(probe.samples, outputs)
+        layout = recipe.layout(probe.samples, outputs, parameters)
+        self._weigh(layout, outputs, parameters)
         if layout == "loss" and (self.loss is None or probe.targets is None):
             raise LossUnknownError(
                 f"{probe.samples} samples × {outputs} outputs need the kernel of the losses, and the loss is "
-                f'{self.loss_status}; pass loss= and targets, or outputs="trace" for a large kernel'
+                f'{self.loss_status.partition(";")[0]}; pass loss= and targets, or outputs="trace" for a large kernel'
             )
         kernel = measured(
             self.model,
@@ -229,14 +231,33 @@ class Monitor:
             probe_source=self.probe.source,
         )
 
-    def _predictions(self) -> Tensor:
+    def _weigh(self, layout: str, outputs: int, parameters: int) -> None:
+        """Say before the first probe that it will take long, and refuse one that would not fit in memory."""
+        rows = outputs if layout in ("full", "trace") else 1
+        needed = rows * parameters * 4
+        if self.recipe.memory_limit is None and needed > 4 * MEMORY_LIMIT:
+            raise InputError(
+                f"the Jacobian of one sample takes {needed / 2**30:.1f} GiB ({rows} x {parameters:,} parameters); "
+                "select some with params=, or set memory_limit= if there is room"
+            )
+        width = rows if layout == "full" else 1
+        products = (self.probe.samples * width) ** 2 * parameters * (rows if layout == "trace" else 1)
+        if products > 2 * FULL_KERNEL_PRODUCTS and not self._weighed:
+            say(
+                f"each probe needs about {products:.0e} multiply-adds ({self.probe.samples} samples, {outputs} "
+                f"outputs, {parameters:,} parameters), minutes on a CPU; "
+                "a smaller probe=, params= or outputs= makes it quicker"
+            )
+        self._weighed = True
+
+    def _predictions(self) -> tuple[Tensor, int]:
         with undisturbed(seed=self.recipe.seed):
             recipe, inputs = self.recipe, self.probe.inputs
             network = Network.careful(
                 self.model, inputs, params=recipe.params, forward=recipe.forward, device=recipe.device
             )
             with torch.no_grad():
-                return network.raw(network.prepared(inputs)).double().cpu()
+                return network.raw(network.prepared(inputs)).double().cpu(), network.parameter_count
 
     def _terms(self, raw: Measurement) -> tuple[Terms | None, str]:
         """Return the loss terms on the probe, or None and the reason why there are no modes."""

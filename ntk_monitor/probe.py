@@ -167,10 +167,13 @@ def split(batch: Any) -> tuple[Batch, Any]:
 def class_labels(targets: Tensor) -> Labels | None:
     """Return integer class labels (N,), or None for counts, ages, token ids and anything that is no class.
 
-    Integer targets are classes when at most half of their values are distinct.
+    Integer targets are classes when at most half of their values are distinct; floating ones when all are 0 or 1, as
+    binary cross-entropy wants them.
     """
     flat = targets.detach().cpu()
-    if flat.is_floating_point() or flat.is_complex() or flat.dim() == 0 or flat.numel() != flat.shape[0]:
+    if flat.is_complex() or flat.dim() == 0 or flat.numel() != flat.shape[0]:
+        return None
+    if flat.is_floating_point() and not bool(((flat == 0) | (flat == 1)).all()):
         return None
     values: Labels = flat.reshape(-1).numpy().astype(np.int64)
     return values if len(np.unique(values)) <= max(1, len(values) // 2) else None

@@ -1,6 +1,8 @@
 """Recipe: every option of a monitor, once. The callback, the plain loop and the command line share it."""
 
+import re
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal, TypeAlias
 
 from ntk_monitor.errors import InputError
@@ -9,6 +11,9 @@ Outputs: TypeAlias = Literal["auto", "full", "trace", "sum", "loss"]
 
 FULL_KERNEL_ROWS = 2048
 """outputs="auto" stores the full kernel up to this many rows N·C; its eigensolve then takes seconds at most."""
+
+FULL_KERNEL_PRODUCTS = 2e11
+"""... and up to this many multiply-adds (N·C)² P, some twenty seconds on two CPU cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +24,7 @@ class Recipe:
         every_n_steps: cadence in optimizer steps; None: as often as `max_overhead` allows.
         max_overhead: share of wall time the monitor may take when `every_n_steps` is None.
         outputs: kernel layout (see `empirical_ntk`); "auto": the full kernel while N·C ≤ 2048, else the kernel of the
-            per-sample losses.
+            per-sample losses; the latter also where (N·C)² P exceeds 2e11 multiply-adds.
         loss: name, torch loss or callable (outputs, targets) → scalar; None: found by matching the training loss.
         forward: callable (module, inputs) → tensor; None: `module(inputs)`, its `.logits`, or its only floating tensor.
         params: predicate (name, parameter), regular expression or names; None: all with requires_grad.
@@ -54,6 +59,7 @@ class Recipe:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.every_n_steps is not None and not self.every_n_steps >= 1:
             raise InputError(f"every_n_steps must be at least 1 or None, got {self.every_n_steps!r}")
         if not 0 < self.max_overhead <= 1:
@@ -71,8 +77,32 @@ class Recipe:
         if not self.log_prefix or self.log_prefix != self.log_prefix.strip("/ "):
             raise InputError(f"log_prefix must be a non-empty tag without outer slashes, got {self.log_prefix!r}")
 
-    def layout(self, samples: int, outputs: int) -> Literal["full", "trace", "sum", "loss"]:
-        """Return the kernel layout for N samples of C outputs."""
-        if self.outputs == "auto":
-            return "full" if samples * outputs <= FULL_KERNEL_ROWS else "loss"
-        return self.outputs
+    def _check_types(self) -> None:
+        wanted: dict[str, tuple[Any, ...]] = {
+            "every_n_steps": (int, type(None)),
+            "max_overhead": (int, float),
+            "memory_limit": (int, type(None)),
+            "gram_every": (int,),
+            "seed": (int,),
+            "log_prefix": (str,),
+            "log_dir": (str, PathLike, type(None)),
+        }
+        for name, kinds in wanted.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+                raise InputError(f"{name} must be {names}, got {value!r}")
+        if isinstance(self.params, str):
+            try:
+                re.compile(self.params)
+            except re.error as error:
+                raise InputError(f"params must be a valid regular expression, got {self.params!r}: {error}") from None
+        elif not (self.params is None or callable(self.params) or isinstance(self.params, (list, tuple, set))):
+            raise InputError(f"params must be a predicate, a regular expression or names, got {self.params!r}")
+
+    def layout(self, samples: int, outputs: int, parameters: int) -> Literal["full", "trace", "sum", "loss"]:
+        """Return the kernel layout for N samples of C outputs and P parameters."""
+        if self.outputs != "auto":
+            return self.outputs
+        rows = samples * outputs
+        return "full" if rows <= FULL_KERNEL_ROWS and rows**2 * parameters <= FULL_KERNEL_PRODUCTS else "loss"

@@ -94,6 +94,10 @@ class Snapshot:
     lr_values: Floats = field(default_factory=_nothing)
     gram: Floats = field(default_factory=_nothing)
 
+    def __repr__(self) -> str:
+        what = f"{self.kernel} kernel, {self.samples} samples x {self.outputs} outputs, rank {self.rank}"
+        return f"Snapshot(step={self.step}, {self.status}: {self.reason or what})"
+
     @property
     def residual_energy(self) -> Floats:
         """Share of the residual's energy in each mode, (n,), summing to 1; empty without modes."""

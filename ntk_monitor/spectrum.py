@@ -33,6 +33,13 @@ class Spectrum:
     eigenvectors: Array | None
     noise_floor: float
 
+    def __repr__(self) -> str:
+        bound = ">= " if self.condition_is_lower_bound else ""
+        return (
+            f"Spectrum(n={len(self.eigenvalues)}, lambda_max={self.lambda_max:.4g}, rank={self.rank}, "
+            f"condition_number={bound}{self.condition_number:.4g}, noise_floor={self.noise_floor:.2g})"
+        )
+
     @staticmethod
     def of(kernel: Any, *, vectors: bool = True, jacobian_eps: float = 0.0) -> "Spectrum":
         """Solve for the spectrum of a kernel.

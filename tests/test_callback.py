@@ -450,3 +450,50 @@ def test_the_same_loss_attached_twice_is_one_candidate(tmp_path: Path) -> None:
     fit(tmp_path, callback, module)
     assert callback.last is not None
     assert callback.last.loss_status == "matched"
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"every_n_steps": "10"}, "every_n_steps must be int or None"),
+        ({"memory_limit": "1GB"}, "memory_limit must be int or None"),
+        ({"seed": "a"}, "seed must be int"),
+        ({"log_prefix": 3}, "log_prefix must be str"),
+        ({"params": "("}, "valid regular expression"),
+        ({"params": 3}, "params must be"),
+        ({"device": "gpu"}, "device must be a torch device"),
+        ({"loss": nn.CrossEntropyLoss}, r"pass CrossEntropyLoss\(\)"),
+    ],
+)
+def test_options_of_the_wrong_type_are_refused_at_the_door(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        NTKMonitor(**options)
+
+
+def test_a_rest_at_the_start_leaves_its_reason_in_the_history(tmp_path: Path) -> None:
+    with pytest.warns(NTKWarning, match="rests for the remainder"):
+        fit(tmp_path, NTKMonitor(forward=lambda module, x: [x, x]), logger=tensorboard(tmp_path))
+    found = history(tmp_path)
+    assert found[0].status == "skipped"
+    assert "several floating tensors" in found[0].reason
+
+
+def test_a_large_network_gets_the_small_kernel_and_a_word_of_warning() -> None:
+    assert ntk.Recipe().layout(102, 10, 6_000) == "full"
+    assert ntk.Recipe().layout(102, 10, 11_000_000) == "loss"
+    model, x = nn.Linear(2000, 1000), torch.randn(12, 2000)
+    monitor = ntk.Monitor(model, None, (x, torch.zeros(12, dtype=torch.long)), strict=True, outputs="trace")
+    monitor.probe = ntk.Probe(torch.randn(64, 2000))
+    with pytest.raises(InputError, match=r"7.5 GiB \(1000 x 2,001,000 parameters\); select some"):
+        monitor._weigh("full", 1000, 2_001_000)
+    with pytest.warns(NTKWarning, match=r"needs about 8e\+13 multiply-adds"):
+        monitor._weigh("full", 100, 2_001_000)
+
+
+def test_records_print_in_one_line(tmp_path: Path) -> None:
+    fit(tmp_path, NTKMonitor(probe=8), logger=tensorboard(tmp_path))
+    found = history(tmp_path)
+    for shown in (repr(found), repr(found[0]), repr(ntk.Spectrum.of(np.eye(3)))):
+        assert len(shown) < 200
+        assert "\n" not in shown

@@ -62,7 +62,8 @@ def test_seeds_draw_other_samples() -> None:
         (torch.tensor([23, 41, 67, 35, 58, 29]), False),  # ages
         (torch.tensor([0, 3, 1, 7, 12, 5, 2, 2]), False),  # counts
         (torch.randint(50, (4, 9)), False),  # tokens
-        (torch.tensor([0.0, 1.0, 0.0, 1.0]), False),
+        (torch.tensor([0.0, 1.0, 0.0, 1.0]), True),  # what binary cross-entropy wants
+        (torch.tensor([0.0, 1.0, 0.5, 1.0]), False),
         (torch.tensor([0j, 1j, 0j, 1j]), False),
         (torch.tensor(3), False),
     ],
