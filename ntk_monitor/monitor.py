@@ -242,7 +242,9 @@ class Monitor:
             )
         width = rows if layout == "full" else 1
         products = (self.probe.samples * width) ** 2 * parameters * (rows if layout == "trace" else 1)
-        if products > 2 * FULL_KERNEL_PRODUCTS and not self._weighed:
+        # A Jacobian that does not fit is computed in blocks, and blocks again for each pair of them.
+        blocks = self.probe.samples * needed > 2 * (self.recipe.memory_limit or MEMORY_LIMIT)
+        if (blocks or products > 2 * FULL_KERNEL_PRODUCTS) and not self._weighed:
             say(
                 f"each probe needs about {products:.0e} multiply-adds ({self.probe.samples} samples, {outputs} "
                 f"outputs, {parameters:,} parameters), minutes on a CPU; "
