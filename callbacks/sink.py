@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -34,12 +33,10 @@ class Sink:
         directory = recipe.log_dir or trainer.log_dir
         self._write: Callable[[Snapshot], None] | None = None
         self.recorder: Recorder | None = None
-        self.directory: Path | None = None
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         writer = None if recipe.log_dir else _tensorboard_writer(trainer)
         if writer is not None:
-            self.directory = Path(writer.get_logdir())
             self._write = lambda snapshot: self._into(writer, snapshot)
         elif directory is not None and (recipe.log_dir or trainer.loggers):
             try:
@@ -47,7 +44,6 @@ class Sink:
             except (OSError, InputError) as error:
                 say(f"no record is written, loggers still get the scalars: {error}")
                 return
-            self.directory = self.recorder.log_dir
             self._write = self._record
 
     def publish(self, metrics: Mapping[str, float]) -> None:
