@@ -1,0 +1,78 @@
+"""What a contraction costs, from shapes alone: the choice of route, and the planner's seconds.
+
+The choice is never timed at run time: a resumed run must take the same route to the last bit. Rates are multiply-adds
+per second of one process with two CPU cores (AVX-512), measured with torch 2.13; only their ratios matter for the choice.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from ntk_monitor.engines.contract import Layout
+
+Route: TypeAlias = Literal["hadamard", "gradients", "pairs"]
+
+BLOCK_BYTES = 24 * 2**20
+"""Per-sample gradients of one layer are formed and consumed in blocks of this size, which stay in the last cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """N row and M column samples, C outputs at a time, T and S positions per sample, weight (R, Q), all C outputs."""
+
+    n: int
+    m: int
+    c: int
+    t: int
+    s: int
+    q: int
+    r: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Multiply-adds per second by kind of product."""
+
+    backward: float = 40e9
+    gradients: float = 20e9
+    gram: float = 20e9
+    gram64: float = 6e9
+    pairs: float = 35e9
+    pairs64: float = 12e9
+    elementwise: float = 1.2e9
+
+
+CPU = Rates()
+CUDA = Rates(2e13, 1e13, 1e13, 1e13, 1e13, 1e13, 3e11)
+
+
+def rates(device: torch.device | str) -> Rates:
+    """Return the documented rates of a kind of device."""
+    return CUDA if torch.device(device).type == "cuda" else CPU
+
+
+def route(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool) -> Route:
+    """Return the cheapest way for these sizes."""
+    if x.t == 1 and x.s == 1:
+        return "hadamard"
+    return "gradients" if gradients_seconds(x, layout, work, symmetric) <= pairs_seconds(x, layout, work, symmetric) else "pairs"
+
+
+def gradients_seconds(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool, rate: Rates = CPU) -> float:
+    """Return the seconds of forming per-sample gradients and multiplying them."""
+    form = x.c * (x.n * x.t + (0 if symmetric else x.m * x.s)) * x.q * x.r
+    half = 0.75 if symmetric and x.n * (x.c if layout == "full" else 1) >= 96 else 1.0
+    gram = half * x.n * x.m * x.q * x.r * (x.c**2 if layout == "full" else x.c)
+    return form / rate.gradients + gram / (rate.gram64 if work == torch.float64 else rate.gram)
+
+
+def pairs_seconds(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool, rate: Rates = CPU) -> float:
+    """Return the seconds of multiplying inputs and gradients of all pairs of positions."""
+    pairs = x.n * x.t * x.m * x.s * (0.6 if symmetric else 1.0)
+    speed = rate.pairs64 if work == torch.float64 else rate.pairs
+    if layout == "full":
+        return pairs * (x.q + x.c * x.r) / speed + pairs / x.s * x.c**2 * x.r / speed
+    inputs = x.q * x.c / x.outputs  # A Aᵀ is kept for all outputs
+    return pairs * (inputs + x.c * x.r) / speed + pairs * x.c / rate.elementwise

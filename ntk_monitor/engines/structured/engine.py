@@ -1,0 +1,475 @@
+"""Puts the structured kernel together: record, ask whose position is whose, then contract layer by layer.
+
+Memory: the activations of one forward pass, their gradients for one output (all outputs for the full kernel, or for
+networks without positions), and one layer's blocks. Never a Jacobian of the whole network.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntk_monitor.batch import Batch, size, tensors
+from ntk_monitor.engines.contract import Layout
+from ntk_monitor.engines.structured import samples
+from ntk_monitor.engines.structured.operations import Matrix, Table, Value, scattered
+from ntk_monitor.engines.structured.products import Gram, contract
+from ntk_monitor.engines.structured.rules import RULES, otherwise
+from ntk_monitor.engines.structured.tap import Operation, Tap, UnfollowedError, reached
+from ntk_monitor.network import Network
+
+_KEPT_BYTES = 192 * 2**20
+"""Inputs of convolutions, laid out as matrices, that are kept from one output to the next."""
+
+
+class CoupledError(UnfollowedError):
+    """Samples of the batch depend on each other, so there is no per-sample gradient inside an operation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """How one parameter was treated: the operations it enters, and the way its kernel was contracted."""
+
+    parameter: str
+    operations: tuple[str, ...]
+    route: str
+
+
+@dataclass(slots=True)
+class Side:
+    """One batch: its outputs, what was recorded, and which parameters were missed."""
+
+    y: Tensor
+    operations: list[Operation]
+    attached: list[str]
+    kept: dict[int, Any] = field(default_factory=dict)
+    directions: Tensor | None = None
+    gradients: list[list[Tensor | None]] = field(default_factory=list)
+
+
+def recorded(network: Network, inputs: Batch, *, values: bool = True) -> Side:
+    """Run the network once under the tap.
+
+    Raises:
+        UnfollowedError: the forward pass does what interception cannot see through.
+    """
+    tap = Tap(network.parameters, RULES, otherwise)
+    tap.moves = values
+    tap.mark(tensors(inputs))
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), tap:
+        y = network.outputs(inputs)
+    for operation in tap.operations:
+        operation.check()
+    if any(p.is_complex() for p in network.parameters.values()):
+        raise UnfollowedError("complex parameters")
+    attached = reached(y, network.parameters) if y.requires_grad else []
+    return Side(y, tap.operations, attached)
+
+
+def located(side: Side, *, rotate: bool) -> None:
+    """Find the samples in every operation's output; forget operations that the outputs do not depend on.
+
+    Two backward passes. With `rotate` the first of them is already the first output direction of a trace kernel, which
+    any orthonormal basis of the outputs gives; else both are extra.
+
+    Raises:
+        CoupledError: samples depend on each other.
+    """
+    y, n = side.y, len(side.y)
+    if not y.requires_grad:
+        side.operations = []
+        return
+    directions = _directions(y.shape[1], y) if rotate else None
+    generator = torch.Generator().manual_seed(1)
+    u = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) if directions is None else None
+    u = directions[0].expand_as(y) if directions is not None else u
+    assert u is not None
+    first = _backward(side, u)
+    used = [any(g is not None for g in part) for part in first]
+    side.operations = [operation for operation, keep in zip(side.operations, used, strict=True) if keep]
+    first = [part for part, keep in zip(first, used, strict=True) if keep]
+    if n == 1:
+        for operation in side.operations:
+            for out in operation.outs:
+                out.layout = samples.everything([s for d, s in enumerate(out.shape) if d not in out.channels], y.device)
+    else:
+        _laid_out(side, u, first)
+    if directions is not None:
+        side.directions = directions
+        side.gradients = first
+
+
+def _laid_out(side: Side, u: Tensor, first: list[list[Tensor | None]]) -> None:
+    n, y = len(side.y), side.y
+    # The narrowest dtype inside decides how many powers of two there are.
+    half = any(g is not None and g.dtype == torch.float16 for part in first for g in part)
+    dtype = torch.float16 if half else y.dtype
+    scale = samples.scales(n, dtype, y.device).to(y.dtype)
+    second = _backward(side, scale[:, None] * u)
+    passes: list[list[list[Tensor | None]]] = []
+    for k, operation in enumerate(side.operations):
+        for j, out in enumerate(operation.outs):
+            a, b = first[k][j], second[k][j]
+            if a is None or b is None:
+                continue
+            out.layout = samples.axis_layout(a, b, out.channels, scale)
+            if out.layout is None:
+                if not passes:
+                    passes = [
+                        _backward(side, samples.scales(n, dtype, y.device, digit).to(y.dtype)[:, None] * u)
+                        for digit in range(samples.digits(n, dtype))
+                    ]
+                one = [found for p in passes if (found := p[k][j]) is not None]
+                out.layout = samples.owners(a, one, out.channels, n, 8 if half else 16)
+            if out.layout is None:
+                name = ", ".join(dict.fromkeys(p for s in operation.sources for p in s.parameters))
+                kind = _SharedValueError if isinstance(operation, Value) else CoupledError
+                raise kind(f"samples of the batch depend on each other in {operation.name} ({name})")
+        second[k] = []
+
+
+class _SharedValueError(UnfollowedError):
+    """A tapped source is shared by the samples; its parameters have to stay attached."""
+
+
+def _directions(outputs: int, like: Tensor) -> Tensor:
+    """Return an orthonormal basis (C, C) of the outputs whose first vector has no zero: a Householder reflection."""
+    if outputs == 1:
+        return torch.ones(1, 1, dtype=like.dtype, device=like.device)
+    generator = torch.Generator().manual_seed(2)
+    v = torch.rand(outputs, generator=generator, dtype=torch.float64) + 0.5
+    v = v * (1 - 2 * (torch.arange(outputs) % 2)) / v.norm()
+    w = v.clone()
+    w[0] += 1 if v[0] >= 0 else -1
+    w = w / w.norm()
+    basis = torch.eye(outputs, dtype=torch.float64) - 2 * w[:, None] * w
+    return basis.to(like)
+
+
+def _backward(side: Side, cotangent: Tensor) -> list[list[Tensor | None]]:
+    """Return the gradient of every output of every operation for one cotangent (N, C)."""
+    edges = [out.edge for operation in side.operations for out in operation.outs]
+    if not edges:
+        return []
+    found = iter(torch.autograd.grad(side.y, edges, cotangent, retain_graph=True, allow_unused=True))
+    return [[next(found) for _ in operation.outs] for operation in side.operations]
+
+
+def _stacked(side: Side, classes: range, total: int) -> list[list[Tensor | None]]:
+    """Return gradients (C', *shape) for these outputs."""
+    if len(classes) == 1 and classes[0] == 0 and side.gradients:
+        ready, side.gradients = side.gradients, []
+        return [[None if g is None else g[None] for g in part] for part in ready]
+    result: list[list[Tensor | None]] = [[None] * len(o.outs) for o in side.operations]
+    for i, c in enumerate(classes):
+        cotangent = torch.zeros_like(side.y)
+        cotangent[:, c] = 1
+        if side.directions is not None:
+            cotangent = side.directions[c].expand_as(side.y)
+        for k, part in enumerate(_backward(side, cotangent)):
+            for j, g in enumerate(part):
+                if g is None:
+                    continue
+                if len(classes) == 1:
+                    result[k][j] = g[None]
+                    continue
+                stack = result[k][j]
+                if stack is None:
+                    stack = result[k][j] = g.new_zeros(len(classes), *g.shape)
+                stack[i] = g
+    side.gradients = []
+    return result
+
+
+def structured_gram(
+    network: Network,
+    inputs: Batch,
+    other: Batch | None,
+    layout: Layout,
+    *,
+    group: Callable[[str], str],
+    scale: Mapping[str, Tensor],
+    work: torch.dtype | None = None,
+) -> tuple[dict[str, Tensor], list[Line]]:
+    """Return the kernel of each parameter group in float64, and how each parameter was treated.
+
+    Args:
+        network: what to differentiate.
+        inputs: the N row samples.
+        other: the M column samples; None: the same, and half of the work is skipped.
+        layout: "full" → (N, C, M, C), "trace" → (N, M), "per_output" → (C, N, M).
+        group: parameter name → name of the kernel it is summed into.
+        scale: square root of a diagonal preconditioner by parameter, flat; empty: none.
+        work: dtype of products; None: float64 for the full layout, whose small eigenvalues count, else float32 (sums
+            of more than 4096 terms are always float64).
+
+    Raises:
+        UnfollowedError: the engine cannot be exact here.
+    """
+    sides = [_side(network, batch, layout) for batch in ([inputs] if other is None else [inputs, other])]
+    for side in sides[1:]:
+        if [o.name for o in side.operations] != [o.name for o in sides[0].operations]:
+            raise UnfollowedError("the two batches take different paths through the network")
+    work = work or (torch.float64 if layout == "full" or network.dtype == torch.float64 else torch.float32)
+    job = _Job(network, sides, layout, group, scale, work, (size(inputs), size(inputs if other is None else other)))
+    return job.run()
+
+
+def _side(network: Network, batch: Batch, layout: Layout) -> Side:
+    side = recorded(network, batch)
+    try:
+        located(side, rotate=layout == "trace")
+    except _SharedValueError:
+        side = recorded(network, batch, values=False)
+        located(side, rotate=layout == "trace")
+    return side
+
+
+@dataclass(slots=True)
+class _Unit:
+    """Parameters contracted together: one weight by its factors, or one parameter by its per-sample gradients."""
+
+    parameter: str
+    uses: list[tuple[int, int]]
+    """(operation, index of the source in it)"""
+    kind: str
+    bias: str | None = None
+
+
+class _Job:
+    """One call of `structured_gram`."""
+
+    def __init__(
+        self,
+        network: Network,
+        sides: list[Side],
+        layout: Layout,
+        group: Callable[[str], str],
+        scale: Mapping[str, Tensor],
+        work: torch.dtype,
+        samples_: tuple[int, int],
+    ) -> None:
+        self._network, self._sides, self._layout = network, sides, layout
+        self._group, self._scale, self._work, self._samples = group, scale, work, samples_
+        self._outputs = sides[0].y.shape[1]
+        self._grams: dict[str, Gram] = {}
+        self._routes: dict[str, str] = {}
+
+    def run(self) -> tuple[dict[str, Tensor], list[Line]]:
+        units = self._units()
+        side = self._sides[0]
+        flat = all(
+            not isinstance(o, Matrix) or o.outs[0].shape[0] * len(o.outs[0].shape) == len(s.y) * 2
+            for s in self._sides
+            for o in s.operations
+        )
+        whole = self._layout == "full" or (flat and not side.attached)
+        step = self._outputs if whole else 1
+        for name in self._network.parameters:
+            self._gram(name)
+        for start in range(0, self._outputs, step):
+            classes = range(start, min(start + step, self._outputs))
+            gradients = [_stacked(s, classes, self._outputs) for s in self._sides]
+            for unit in units:
+                self._add(unit, gradients, classes)
+        found = {key: gram.finished() for key, gram in self._grams.items()}
+        return found, [self._line(name) for name in self._network.parameters]
+
+    def _gram(self, parameter: str) -> Gram:
+        key = self._group(parameter)
+        if key not in self._grams:
+            n, m = self._samples
+            self._grams[key] = Gram(
+                self._layout,
+                (n, self._outputs, m),
+                symmetric=len(self._sides) == 1,
+                work=self._work,
+                device=self._sides[0].y.device,
+            )
+        return self._grams[key]
+
+    def _line(self, name: str) -> Line:
+        names = [o.name for o in self._sides[0].operations if any(name in s.parameters for s in o.sources)]
+        if name in self._sides[0].attached:
+            names.append("not recognised")
+        return Line(name, tuple(dict.fromkeys(names)), self._routes.get(name, "not reached"))
+
+    def _units(self) -> list[_Unit]:
+        """Decide, from what was recorded, how each parameter is contracted."""
+        uses: dict[str, list[tuple[int, int]]] = {}
+        for k, operation in enumerate(self._sides[0].operations):
+            for i, source in enumerate(operation.sources):
+                for name in source.parameters:
+                    uses.setdefault(name, []).append((k, i))
+        attached = {name for side in self._sides for name in side.attached}
+        units = []
+        for name in self._network.parameters:
+            if name in uses or name in attached:
+                kind = "dense" if name in attached else self._kind(uses[name])
+                units.append(_Unit(name, uses.get(name, []), kind))
+        return self._with_biases(units)
+
+    def _kind(self, uses: list[tuple[int, int]]) -> str:
+        operations = self._sides[0].operations
+        parts = [(operations[k], operations[k].sources[i], i) for k, i in uses]
+        if not all(source.exact for _, source, _ in parts):
+            return "dense"
+        matrices = all(isinstance(o, Matrix) and o.is_weight(i) and o.groups == 1 for o, _, i in parts)
+        if matrices and len({(o.name, *s.geometry) for o, s, _ in parts}) == 1:
+            return "factors"
+        table, source, _ = parts[0]
+        whole = len(parts) == 1 and source.value.numel() == self._network.parameters[source.parameters[0]].numel()
+        return "table" if isinstance(table, Table) and whole and not self._scale else "dense"
+
+    def _with_biases(self, units: list[_Unit]) -> list[_Unit]:
+        """Let a bias share the contraction of its weight where there is one position per sample."""
+        by_use = {unit.uses[0]: unit for unit in units if unit.kind == "dense" and len(unit.uses) == 1}
+        taken: set[str] = set()
+        for unit in units:
+            if unit.kind != "factors" or len(unit.uses) != 1 or self._scale:
+                continue
+            k, i = unit.uses[0]
+            operation, out = self._sides[0].operations[k], self._sides[0].operations[k].outs[0]
+            bias = by_use.get((k, 1)) if i == 0 else None
+            single = all(
+                len(s.operations[k].outs[0].shape) == 2 and s.operations[k].outs[0].shape[0] == len(s.y)
+                for s in self._sides
+            )
+            whole = bias is not None and operation.sources[1].exact and operation.sources[1].value.dim() == 1
+            if bias is not None and whole and single and out.channels == (1,):
+                if self._group(bias.parameter) == self._group(unit.parameter):
+                    unit.bias = bias.parameter
+                    taken.add(bias.parameter)
+        return [unit for unit in units if unit.parameter not in taken]
+
+    def _add(self, unit: _Unit, gradients: list[list[list[Tensor | None]]], classes: range) -> None:
+        gram = self._gram(unit.parameter)
+        chosen = slice(classes.start, classes.stop)
+        if unit.kind == "factors":
+            factors = [self._factors(side, g, unit) for side, g in zip(self._sides, gradients, strict=True)]
+            if any(f is None for f in factors):
+                return
+            weight = self._weight(unit)
+            made = self._sides[0].kept.setdefault(-1 - unit.uses[0][0], {})
+            left, right = factors[0], factors[1] if len(factors) > 1 else None
+            assert left is not None
+            way: str = contract(gram, left, right, chosen, ones=unit.bias is not None, weight=weight, made=made)
+            if unit.bias is not None:
+                self._routes[unit.bias] = way
+        elif unit.kind == "table":
+            way = self._add_table(gram, unit, gradients, chosen)
+        else:
+            parts = [self._jacobian(s, g, unit, classes) for s, g in zip(self._sides, gradients, strict=True)]
+            if any(p is None for p in parts):
+                return
+            if self._scale:
+                parts = [None if p is None else p * self._scale[unit.parameter] for p in parts]
+            assert parts[0] is not None
+            gram.rows(parts[0], parts[1] if len(parts) > 1 else None, chosen)
+            way = "per-sample gradients" if unit.parameter not in self._sides[0].attached else "rows"
+        self._routes[unit.parameter] = way
+
+    def _weight(self, unit: _Unit) -> Tensor | None:
+        if not self._scale:
+            return None
+        k, i = unit.uses[0]
+        operation = self._sides[0].operations[k]
+        source = operation.sources[i].value
+        root = self._network.parameters[unit.parameter]
+        diagonal = self._scale[unit.parameter].view(root.shape).contiguous()
+        offset = source.storage_offset() - root.storage_offset()
+        return operation.matrix(i, diagonal.as_strided(source.shape, source.stride(), offset))
+
+    def _factors(self, side: Side, gradients: list[list[Tensor | None]], unit: _Unit) -> tuple[Tensor, Tensor] | None:
+        parts = []
+        for k, i in unit.uses:
+            operation = side.operations[k]
+            assert isinstance(operation, Matrix)
+            g = gradients[k][0]
+            if g is None:
+                continue
+            a = self._inputs(side, k, operation)
+            parts.append((a, operation.gradient(g).to(a.dtype)))
+        if not parts:
+            return None
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([a for a, _ in parts], 1), torch.cat([g for _, g in parts], 2)
+
+    def _inputs(self, side: Side, k: int, operation: Matrix) -> Tensor:
+        if k in side.kept:
+            found: Tensor = side.kept[k]
+            return found
+        a = operation.inputs(0)
+        assert a is not None
+        kept = sum(t.numel() * t.element_size() for key, t in side.kept.items() if key >= 0)
+        if self._layout != "full" and kept + a.numel() * a.element_size() <= _KEPT_BYTES:
+            side.kept[k] = a
+        return a
+
+    def _add_table(self, gram: Gram, unit: _Unit, gradients: list[list[list[Tensor | None]]], classes: slice) -> str:
+        (k, _), picked = unit.uses[0], []
+        for side, g in zip(self._sides, gradients, strict=True):
+            operation, own = side.operations[k], g[k][0]
+            assert isinstance(operation, Table)
+            if own is None:
+                return "not reached"
+            picked.append(operation.picked(own))
+        # Only rows that occur can have a gradient.
+        rows, where = torch.unique(torch.cat([ids.flatten() for ids, _ in picked]), return_inverse=True)
+        parts = where.split([ids.numel() for ids, _ in picked])
+        dense = [
+            scattered(w.view(ids.shape), d, len(rows)).flatten(2) for w, (ids, d) in zip(parts, picked, strict=True)
+        ]
+        gram.rows(dense[0], dense[1] if len(dense) > 1 else None, classes)
+        return "rows of the table"
+
+    def _jacobian(
+        self, side: Side, gradients: list[list[Tensor | None]], unit: _Unit, classes: range
+    ) -> Tensor | None:
+        """Return J (N, C', p) of one parameter: the sum over all its uses, recorded and missed."""
+        root = self._network.parameters[unit.parameter]
+        total: Tensor | None = None
+        for k, i in unit.uses:
+            if all(g is None for g in gradients[k]):
+                continue
+            operation = side.operations[k]
+            found = operation.jacobian(i, gradients[k]).to(root.dtype)
+            found = _pulled(found, operation.sources[i].value, root)
+            total = found if total is None else total + found
+        if unit.parameter in side.attached:
+            found = self._rows(side, root, classes)
+            total = found if total is None else total + found
+        return total
+
+    def _rows(self, side: Side, root: Tensor, classes: range) -> Tensor:
+        """Return J (N, C', p) by plain backward passes of the whole network, for uses that were not recognised."""
+        y = side.y
+        found = root.new_zeros(len(y), len(classes), root.numel())
+        for n in range(len(y)):
+            for i, c in enumerate(classes):
+                cotangent = torch.zeros_like(y)
+                if side.directions is None:
+                    cotangent[n, c] = 1
+                else:
+                    cotangent[n] = side.directions[c]
+                (g,) = torch.autograd.grad(y, root, cotangent, retain_graph=True, allow_unused=True)
+                if g is not None:
+                    found[n, i] = g.to_dense().flatten()
+        return found
+
+
+def _pulled(jacobian: Tensor, value: Tensor, root: Tensor) -> Tensor:
+    """Carry gradients (N, C, size) of a derived tensor back to the parameter it was made from."""
+    if value is root:
+        return jacobian
+    n, c, _ = jacobian.shape
+    rows = jacobian.reshape(n * c, *value.shape).to(value.dtype)
+    try:
+        (found,) = torch.autograd.grad(value, root, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
+    except RuntimeError:  # an operation without a batching rule
+        grads = [torch.autograd.grad(value, root, row, retain_graph=True, allow_unused=True)[0] for row in rows]
+        found = None if grads[0] is None else torch.stack([g for g in grads if g is not None])
+    return jacobian.new_zeros(n, c, root.numel()) if found is None else found.reshape(n, c, -1).to(root.dtype)

@@ -1,0 +1,245 @@
+"""Contractions. A use of a weight has inputs A (N, T, Q) and output gradients G (N, C, T, R): J[n, c] = Σ_t G_t ⊗ A_t.
+
+Three ways to the same kernel: from the products of inputs and of gradients where T = 1 (Hadamard), from the per-sample
+gradients of this one layer in blocks, or from pairs of positions. Sums end in float64. With `work` float32, products run
+in float32 over at most `_INNER` terms and are summed in float64: plain float32 sums of 1e5 terms were wrong by 1e-4.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntk_monitor.engines.contract import Layout
+from ntk_monitor.engines.structured.costs import BLOCK_BYTES, Route, Sizes, route
+
+_INNER = 4096
+_SLAB = 2**20
+"""Elements converted to float64 at a time: 8 MiB stay in cache and in memory that is mapped already."""
+
+_HALVED = 96
+"""Rows from which the symmetric half of a product is skipped; smaller blocks lose more speed than they save."""
+
+
+def product(a: Tensor, b: Tensor | None, work: torch.dtype) -> Tensor:
+    """Return a bᵀ (a aᵀ for b None) in float64."""
+    if b is None and len(a) >= _HALVED:
+        half = (len(a) + 1) // 2
+        top, bottom = a[:half], a[half:]
+        k = torch.empty(len(a), len(a), dtype=torch.float64, device=a.device)
+        k[:half, :half] = product(top, None, work)
+        k[half:, half:] = product(bottom, None, work)
+        k[half:, :half] = product(bottom, top, work)
+        k[:half, half:] = k[half:, :half].T
+        return k
+    return _split(a, a if b is None else b) if work == torch.float32 else _double(a, a if b is None else b)
+
+
+def _double(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == torch.float64 and b.dtype == torch.float64:
+        return a @ b.T
+    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    width = max(1, _SLAB // max(len(a), len(b)))
+    for start in range(0, a.shape[1], width):
+        left = a[:, start : start + width].double()
+        total.addmm_(left, (left if b is a else b[:, start : start + width].double()).T)
+    return total
+
+
+def _split(a: Tensor, b: Tensor) -> Tensor:
+    inner = a.shape[1]
+    count = inner // _INNER
+    if count < 2:
+        return (a @ b.T).double()
+    whole = count * _INNER
+    left = a[:, :whole].unflatten(1, (count, _INNER)).transpose(0, 1)
+    right = left if b is a else b[:, :whole].unflatten(1, (count, _INNER)).transpose(0, 1)
+    total = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.float64)
+    return total if whole == inner else total + (a[:, whole:] @ b[:, whole:].T).double()
+
+
+class Gram:
+    """The kernel of one group of parameters while it is being summed.
+
+    Args:
+        shape: (N, C, M).
+        symmetric: right is left; only the blocks on and below the diagonal of samples need to be given.
+        work: dtype of products.
+    """
+
+    def __init__(
+        self, layout: Layout, shape: tuple[int, int, int], *, symmetric: bool, work: torch.dtype, device: torch.device
+    ) -> None:
+        n, c, m = shape
+        self.layout, self.symmetric, self.work = layout, symmetric, work
+        self.samples, self.columns, self.outputs = n, m, c
+        sizes = {"full": (n, c, m, c), "trace": (n, m), "per_output": (c, n, m)}[layout]
+        self.values = torch.zeros(sizes, dtype=torch.float64, device=device)
+        # Rows of samples treated at a time where a temporary as large as the kernel would be made.
+        self.step = max(1, -(-n // 8)) if layout == "full" else n
+
+    def rows(self, a: Float[Tensor, "n c p"], b: Float[Tensor, "m c p"] | None, classes: slice) -> None:
+        """Add the products of Jacobian rows of these outputs; `b` None: of `a` with itself."""
+        if self.layout == "trace":
+            self.values += product(a.flatten(1), None if b is None else b.flatten(1), self.work)
+        elif self.layout == "per_output":
+            for i, c in enumerate(range(*classes.indices(self.outputs))):
+                self.values[c] += product(a[:, i], None if b is None else b[:, i], self.work)
+        else:
+            for rows, cols in self._tiles():
+                left, right = a[rows].flatten(0, 1), (a if b is None else b)[cols].flatten(0, 1)
+                self._tile(rows, cols, product(left, right, self.work))
+
+    def hadamard(
+        self, w: Float[Tensor, "n m"], a: Float[Tensor, "n c r"], b: Float[Tensor, "m c r"] | None, classes: slice
+    ) -> None:
+        """Add the products of rows, weighted by pairs of samples."""
+        if self.layout == "trace":
+            self.values += w * product(a.flatten(1), None if b is None else b.flatten(1), self.work)
+        elif self.layout == "per_output":
+            for i, c in enumerate(range(*classes.indices(self.outputs))):
+                self.values[c] += w * product(a[:, i], None if b is None else b[:, i], self.work)
+        else:
+            for rows, cols in self._tiles():
+                left, right = a[rows].flatten(0, 1), (a if b is None else b)[cols].flatten(0, 1)
+                found = product(left, right, self.work).view(-1, self.outputs, len(w[0, cols]), self.outputs)
+                self._tile(rows, cols, found.mul_(w[rows, cols][:, None, :, None]))
+
+    def block(self, rows: slice, cols: slice, classes: slice, found: Tensor) -> None:
+        """Add a finished block of row and column samples, (n, m), (c, n, m) or (n, C, m, C) by layout."""
+        if self.layout == "trace":
+            self.values[rows, cols] += found
+        elif self.layout == "per_output":
+            self.values[classes, rows, cols] += found
+        else:
+            self.values[rows, :, cols] += found
+
+    def finished(self) -> Tensor:
+        """Return the kernel; of a symmetric one the upper half is copied from the lower."""
+        if self.symmetric and self.layout == "full":
+            for n in range(self.samples):
+                self.values[:n, :, n] = self.values[n, :, :n].permute(1, 2, 0)
+                own = self.values[n, :, n]
+                self.values[n, :, n] = (own + own.T) / 2
+        elif self.symmetric:
+            lower = self.values.tril()
+            self.values = lower + lower.tril(-1).transpose(-1, -2)
+        return self.values
+
+    def _tiles(self) -> list[tuple[slice, slice]]:
+        steps = [slice(s, min(s + self.step, self.samples)) for s in range(0, self.samples, self.step)]
+        return [(rows, slice(0, rows.stop) if self.symmetric else slice(0, self.columns)) for rows in steps]
+
+    def _tile(self, rows: slice, cols: slice, found: Tensor) -> None:
+        view = self.values[rows, :, cols]
+        view += found.view(view.shape)
+
+
+def contract(
+    gram: Gram,
+    left: tuple[Tensor, Tensor],
+    right: tuple[Tensor, Tensor] | None,
+    classes: slice,
+    *,
+    ones: bool = False,
+    weight: Tensor | None = None,
+    made: dict[int, Tensor] | None = None,
+) -> Route:
+    """Add the kernel of one weight.
+
+    Args:
+        gram: where to.
+        left: (A (N, T, Q), G (N, C, T, R)) of the row samples.
+        right: the same of the column samples; None: the same samples.
+        classes: which outputs G is about.
+        ones: the bias of the same operation is part of it (T = 1 only): A has one more column of ones.
+        weight: (R, Q), square root of a diagonal preconditioner.
+        made: A Aᵀ kept between calls for other outputs, by first row sample.
+
+    Returns the way that was taken.
+    """
+    (a, g), (b, h) = left, right or (None, None)
+    (n, t, q), (_, c, _, r) = a.shape, g.shape
+    sizes = Sizes(n, n if b is None else len(b), c, t, t if b is None else b.shape[1], q, r, gram.outputs)
+    way = "gradients" if weight is not None else route(sizes, gram.layout, gram.work, b is None)
+    if way == "hadamard":
+        w = product(a[:, 0], None if b is None else b[:, 0], gram.work)
+        gram.hadamard(w + 1 if ones else w, g[:, :, 0], None if h is None else h[:, :, 0], classes)
+    elif way == "pairs":
+        (_pairs_full if gram.layout == "full" else _pairs)(gram, (a, g), right or (a, g), classes, {} if made is None else made)
+    else:
+        _gradients(gram, (a, g), right, classes, weight)
+    return way
+
+
+def _gradients(
+    gram: Gram, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor] | None, classes: slice, weight: Tensor | None
+) -> None:
+    """Form this layer's per-sample gradients, some output channels at a time so that they stay in cache."""
+    (a, g), q = left, left[0].shape[2]
+    n, c, _, r = g.shape
+    width = max(1, min(r, BLOCK_BYTES // (a.element_size() * n * c * q)))
+    width = -(-r // -(-r // width))
+    for start in range(0, r, width):
+        block = slice(start, min(start + width, r))
+        scale = None if weight is None else weight[block]
+        mine = per_sample(a, g[..., block], scale).flatten(2)
+        gram.rows(mine, None if right is None else per_sample(right[0], right[1][..., block], scale).flatten(2), classes)
+
+
+def per_sample(
+    a: Float[Tensor, "n t q"], g: Float[Tensor, "n c t r"], weight: Tensor | None = None
+) -> Float[Tensor, "n c r q"]:
+    """Return J (N, C, R, Q), the gradients of the weight for every output of every sample."""
+    n, c, t, r = g.shape
+    if c == 1:
+        single = g[:, 0]
+        found = torch.bmm(single.transpose(1, 2), a) if r <= a.shape[2] else torch.bmm(a.transpose(1, 2), single).mT
+    else:
+        found = torch.bmm(g.transpose(2, 3).reshape(n, c * r, t), a)
+    found = found.reshape(n, c, r, a.shape[2])
+    return found if weight is None else found * weight
+
+
+def _pairs(
+    gram: Gram, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], classes: slice, made: dict[int, Tensor]
+) -> None:
+    (a, g), (b, h) = left, right
+    (n, t, q), (m, s, _) = a.shape, b.shape
+    c, r = g.shape[1], g.shape[3]
+    work = gram.work
+    a, b = a.reshape(n * t, q), b.reshape(m * s, q)
+    step = max(1, 1024 // t)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        last = stop if gram.symmetric else m
+        if start not in made:
+            made[start] = a[start * t : stop * t].to(work) @ b[: last * s].to(work).T
+        w = made[start]
+        blocks = []
+        for i in range(c):
+            x = g[start:stop, i].reshape(-1, r).to(work) @ h[:last, i].reshape(-1, r).to(work).T
+            x = x.mul_(w).view(stop - start, t, last, s)
+            blocks.append(x.sum(3).sum(1, dtype=torch.float64))
+        found = torch.stack(blocks)
+        found = found.sum(0) if gram.layout == "trace" else found
+        gram.block(slice(start, stop), slice(0, last), classes, found)
+
+
+def _pairs_full(
+    gram: Gram, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], classes: slice, made: dict[int, Tensor]
+) -> None:
+    (a, g), (b, h) = left, right
+    (n, t, q), (m, s, _) = a.shape, b.shape
+    c, r = g.shape[1], g.shape[3]
+    work = gram.work
+    b = b.reshape(m * s, q).to(work)
+    # (M, S, C R): gradients of the column samples, to be carried to the positions of a row sample.
+    carried = h.permute(0, 2, 1, 3).reshape(m, s, c * r).to(work)
+    for row in range(n):
+        last = row + 1 if gram.symmetric else m
+        w = (a[row].to(work) @ b[: last * s].T).view(t, last, s).transpose(0, 1)  # (M, T, S)
+        moved = torch.bmm(w, carried[:last]).view(last, t, c, r)  # Σ_s (a_t · b_s) h_s
+        mine = g[row].reshape(c, t * r).to(work)
+        theirs = moved.permute(1, 3, 0, 2).reshape(t * r, last * c)
+        found = (mine @ theirs).view(c, last, c).double()
+        gram.block(slice(row, row + 1), slice(0, last), classes, found[None])
