@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ntk_monitor.errors import NTKMonitorError
+from ntk_monitor.errors import NetworkError, NTKMonitorError
 from ntk_monitor.kernel import empirical_ntk
 from tests import reference
 from tests.cases import Case, answer, samples
-from tests.zoo import ZOO
+from tests.zoo import AUTOCAST, ZOO, reentrant
+from tests.zoo_transformers import TRANSFORMERS
 
 ENGINES = ("rows",)
 
-REFUSED: dict[str, str] = {}
+REFUSED = {"torchscript": "TorchScript hides its operations"}
 """What no engine measures: name → the sentence that says so."""
 
 _NO_GRADIENTS = "the first look at a network forbids it to differentiate inside"
@@ -53,7 +54,7 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float, floor: float = 0
 
 def _cases() -> list[Any]:
     marks = {name: pytest.mark.xfail(reason=reason) for name, reason in FAULTS.items()}
-    return [pytest.param(case, marks=marks.get(case.name, ()), id=str(case)) for case in ZOO]
+    return [pytest.param(case, marks=marks.get(case.name, ()), id=str(case)) for case in (*ZOO, *TRANSFORMERS)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -86,3 +87,28 @@ def _by_layer(jacobian: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for name, part in jacobian.items():
         layers.setdefault(name.rpartition(".")[0] or name, {})[name] = part
     return layers
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", AUTOCAST, ids=str)
+def test_the_kernel_under_autocast_is_that_of_its_rounded_products(case: Case, engine: Any) -> None:
+    got = empirical_ntk(case.model(torch.float32), case.inputs(torch.float32), forward=case.forward, engine=engine)
+    # Gradients are sums of products rounded to bfloat16's 2⁻⁹, in an order the engine chooses.
+    assert_close(got, gram(twin(case, torch.float32)), 2e-2)
+
+
+@pytest.mark.xfail(reason="parameters inside count as zero, or torch's own error comes through")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("before", [False, True])
+def test_reentrant_checkpoints_are_exact_or_refused(before: bool, engine: Any) -> None:
+    case = reentrant(before=before, used=True)
+    got, refusal = None, ""
+    try:
+        got = empirical_ntk(case.model(), case.inputs(), forward=case.forward, engine=engine)
+    except NetworkError as error:
+        refusal = str(error)
+    if got is None:
+        assert "use_reentrant" in refusal
+    else:
+        assert_close(got, gram(twin(reentrant(before=before, used=False))), 1e-10)

@@ -340,6 +340,12 @@ RECURRENT = [
             body=square, gate=square),
 ]  # fmt: skip
 
+
+def _untracked(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return 2 * w
+
+
 _ALGEBRA: dict[str, tuple[Callable[..., Tensor], Data, dict[str, Any]]] = {
     # einsum
     "einsum ni,ij": (lambda m, x: torch.einsum("ni,ij->nj", x, m.w), normal(4), {"w": (4, 2)}),
@@ -378,6 +384,10 @@ _ALGEBRA: dict[str, tuple[Callable[..., Tensor], Data, dict[str, Any]]] = {
     "lora by hand": (lambda m, x: x @ m.w + 2 * (x @ m.a) @ m.b, rows, {"w": (4, 3), "a": (4, 1), "b": (1, 3)}),
     "autoencoder of one matrix": (lambda m, x: torch.tanh(x @ m.w) @ m.w.T + m.b, rows, {"w": (4, 2), "b": (4,)}),
     "hopfield": (lambda m, x: torch.softmax(x @ m.w.T, 1) @ m.w, normal(4), {"w": (3, 4)}),
+    "product of several": (
+        lambda m, x: torch.linalg.multi_dot([x, m.u, m.v]), normal(4), {"u": (4, 2), "v": (2, 3)}),
+    "linear of the parameter": (lambda m, x: F.linear(m.w, x).T, normal(4), {"w": (3, 4)}),
+    "orthogonal by qr": (lambda m, x: x @ torch.linalg.qr(m.w).Q, normal(4), {"w": (4, 3)}),
     "solved": (lambda m, x: torch.linalg.solve(m.w @ m.w.T + torch.eye(4).to(x), x.T).T, normal(4), {"w": (4, 4)}),
     "matrix exponential": (lambda m, x: x @ torch.matrix_exp(m.w - m.w.T), normal(4), {"w": (4, 4)}),
     # elementwise, broadcast in every position
@@ -426,6 +436,12 @@ _ALGEBRA: dict[str, tuple[Callable[..., Tensor], Data, dict[str, Any]]] = {
         lambda m, x: x @ torch.roll(m.w, 1, 0) + x @ m.w.flip(1), normal(4), {"w": (4, 2)}),
     "circulant": (
         lambda m, x: x @ torch.stack([m.w.roll(k) for k in range(4)]), normal(4), {"w": (4,)}),
+    "parameter without gradients in one use": (
+        lambda m, x: x @ _untracked(m.w) + x.cos() @ m.w * m.s, normal(4), {"w": (4, 2), "s": ()}),
+    "output that is a parameter": (lambda m, x: m.w.expand(len(x), -1), normal(4), {"w": (3,)}),
+    "parameter scattered": (
+        lambda m, ids: torch.zeros(len(ids), 6).to(m.w).scatter_add(1, ids, m.w.expand(len(ids), 4)), tokens(4),
+        {"w": (4,)}),
     "one parameter twice": (lambda m, x: torch.tanh(x @ m.w) @ m.w, rows, {"w": (4, 4)}),
     "one weight, two biases": (
         lambda m, x: F.linear(torch.tanh(F.linear(x, m.w, m.a)), m.w, m.b), normal(4),
@@ -755,6 +771,27 @@ def _adaptive(m: Any, x: Tensor) -> Any:
     return m.head.log_prob(m.body(x))
 
 
+def _reordered(m: Any, x: Tensor) -> Any:
+    order = x[:, 0].argsort()
+    return m.b(torch.tanh(m.a(x[order])))[order.argsort()]
+
+
+def _edited(m: Any, x: Tensor) -> Any:
+    h = m.a(x)
+    h[:, 1].mul_(2).add_(m.b.bias[0])
+    torch.relu_(h.view(-1)[3:])
+    y = m.b(h)
+    y[..., :1] *= x[..., :1]
+    return y
+
+
+def _frozen(kind: str, channels: int) -> nn.Module:
+    model = nn.Sequential(conv(), nn.GroupNorm(2, channels), nn.ReLU(), nn.Flatten(), nn.Linear(9 * channels, 2))
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.endswith(kind))
+    return model
+
+
 PROGRAMS = [
     written("linear of as many features as samples", lambda m, x: m.b(torch.tanh(m.a(x))), normal(N, N),
             a=partial(nn.Linear, N, N), b=partial(nn.Linear, N, N)),
@@ -766,6 +803,21 @@ PROGRAMS = [
     written("linear of samples one by one", lambda m, x: torch.cat([m.a(one[None]) for one in x]), normal(4), a=square),
     written("linear of a batch stacked with itself", lambda m, x: sum(m.a(torch.cat([x, x.cos()])).tanh().chunk(2)),
             normal(4), a=square),
+    written("linear of vectors one by one", lambda m, x: torch.stack([m.a(one) for one in x]), a=square),
+    written("samples in reverse order", lambda m, x: m.b(torch.tanh(m.a(x.flip(0))).flip(0)), a=square, b=linear),
+    written("samples sorted", _reordered, a=square, b=linear),
+    written("samples repeated", lambda m, x: m.a(x.repeat_interleave(2, 0).cumsum(1)).tanh().view(len(x), 2, 4),
+            a=square),
+    written("samples on the second axis", lambda m, x: m.a(torch.stack([x, x.cos(), x.sin()])).tanh().prod(0),
+            a=square),
+    written("layer that gets no rows", lambda m, x: m.a(x) + m.b(x[x[:, 0] > 99]).sum(), a=square, b=square),
+    written("output thrown away", lambda m, x: (m.b(m.a(x)), m.a(x.cos()))[1], a=square, b=square),
+    written("views changed in place", _edited, rows, a=square, b=linear),
+    written("learned image", lambda m, x: m.conv(m.image) * x, normal(4, 3, 3), conv=conv, image=(1, 2, 5, 5)),
+    written("parameter laid out in columns", lambda m, x: (x @ m.w).tanh() @ m.w.T,
+            w=lambda: nn.Parameter(torch.randn(2, 4).T)),
+    stacked("biases alone trained", images, partial(_frozen, "weight", 4)),
+    stacked("biases alone frozen", images, partial(_frozen, "bias", 4)),
     written("linear of pairs", lambda m, x: m.a(torch.cat([x[:, :, None].expand(-1, -1, 3, -1),
             x[:, None].expand(-1, 3, -1, -1)], 3)).relu().sum(2), rows, a=partial(nn.Linear, 8, 2)),
     written("linear of a constant", lambda m, x: x * m.a(torch.ones(1, 4).to(x)), normal(4), a=square),
@@ -822,4 +874,42 @@ PROGRAMS = [
             head=partial(nn.AdaptiveLogSoftmaxWithLoss, 4, 6, [2, 4], div_value=2.0)),
 ]  # fmt: skip
 
-ZOO = [*NORMS, *IMAGES, *EMBEDDINGS, *RECURRENT, *ALGEBRA, *REPARAMETRISED, *PROGRAMS]
+SCRIPTED = stacked("torchscript", VECTORS, _quietly(lambda: torch.jit.script(nn.Sequential(square(), nn.Tanh()))))
+
+
+def _lowered(m: Any, x: Tensor) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = m.head(torch.tanh(m.conv(x)).flatten(1)) * m.scale
+    return y.float()
+
+
+def _lowered_twice(m: Any, x: Tensor) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        h = torch.tanh(m.a(x) @ m.w)
+    return m.a(h.float()) @ m.w
+
+
+AUTOCAST = [
+    written("autocast inside", _lowered, images, conv=conv, head=partial(nn.Linear, 36, 2), scale=(2,)),
+    written("autocast without its cache", _lowered_twice, a=square, w=(4, 4)),
+]
+"""To be measured in float32, which autocast lowers to bfloat16; it leaves float64 alone."""
+
+
+def _reentrant(before: bool, used: bool) -> Callable[..., Any]:
+    def forward(m: Any, x: Tensor) -> Any:
+        h = m.first(x) if before else x
+        return m.head(checkpoint(m.body, h, use_reentrant=True) if used else m.body(h))
+
+    return forward
+
+
+def reentrant(*, before: bool, used: bool) -> Case:
+    """A network around a reentrant checkpoint, whose parameters autograd.grad cannot reach, or around none.
+
+    With a layer before it, the input of the checkpoint requires gradients; without, the output requires none.
+    """
+    return written("reentrant", _reentrant(before, used), first=square, body=square, head=linear)
+
+
+ZOO = [*NORMS, *IMAGES, *EMBEDDINGS, *RECURRENT, *ALGEBRA, *REPARAMETRISED, *PROGRAMS, SCRIPTED]
