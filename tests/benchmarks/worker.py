@@ -1,23 +1,21 @@
 """One method in its own process, so that peak memory is its own. `run.py` starts several and gives them turns.
 
-Reads the quantity to compute from stdin, one per line, and answers each with a line of JSON; "check trace" asks for the
-error of what was computed as trace.
+Reads requests from stdin, one per line, and answers each with a line of JSON. A quantity ("trace") is computed and
+timed; "check trace" asks for the kernel of the first samples of what was computed, "plan trace" for what was expected.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests import reference
-from tests.benchmarks.workloads import Method, problem, runs
-
-CHECKED = 6
-"""The float64 twin is computed for this many samples; an entry of the kernel depends on two samples only."""
+import ntk_monitor as ntk
+from tests.benchmarks.methods import ENGINES, runs
+from tests.benchmarks.workloads import problem
 
 
 class Memory:
@@ -53,20 +51,19 @@ def _clock(device: str) -> float:
     return time.perf_counter()
 
 
-def _error(kernel: Tensor, name: str, samples: int, device: str) -> float:
-    """Return max|K - K₆₄| / max|K₆₄| for the kernel of the first samples, full or trace."""
-    model, x = problem(name, samples, device)
-    model = model.double().cpu()
-    exact = reference.ntk(reference.rows(model, model(x[:CHECKED].double().cpu())))
-    if kernel.ndim == 2:
-        exact = torch.einsum("ncmc->nm", exact)
-    return float((kernel - exact).abs().max() / exact.abs().max())
-
-
-def _first(kernel: Tensor) -> Tensor:
+def _first(kernel: Tensor, samples: int) -> list[Any]:
     """Return the kernel of the first samples."""
-    block = kernel[:CHECKED, :, :CHECKED] if kernel.ndim == 4 else kernel[:CHECKED, :CHECKED]
-    return block.cpu().clone()
+    block = kernel[:samples, :, :samples] if kernel.ndim == 4 else kernel[:samples, :samples]
+    found: list[Any] = block.detach().cpu().tolist()
+    return found
+
+
+def planned(method: str, workload: str, samples: int, outputs: str, device: str) -> dict[str, Any]:
+    """Return the seconds and bytes that the planner expects of one of our engines, nothing for anything else."""
+    if method not in ENGINES or not hasattr(ntk, "plan"):
+        return {}
+    plan: Any = ntk.plan(*problem(workload, samples, device), outputs=outputs, engine=method)
+    return {"seconds": float(plan.seconds(method)), "bytes": float(plan.bytes(method))}
 
 
 def _say(answer: dict[str, Any]) -> None:
@@ -74,29 +71,37 @@ def _say(answer: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def main(name: str, samples: str, method: Method, device: str) -> None:
+def main(task: dict[str, Any]) -> None:
     """Warm up on two samples, then run what stdin asks for until it closes."""
-    for run in runs(method, *problem(name, 2, device)).values():
-        run()
-    model, x = problem(name, int(samples), device)
-    work = runs(method, model, x)
+    name, samples, method, device = task["workload"], task["samples"], task["method"], task["device"]
+    torch.set_num_threads(task["threads"])
+    # Convolutions on a GPU would otherwise round to ten bits, and only in the methods that do not forbid it.
+    torch.backends.cudnn.allow_tf32 = False
+    if method != "exact":
+        for run in runs(method, *problem(name, 2, device)).values():
+            run()
+    model, x = problem(name, samples, device)
+    # An entry of the kernel depends on two samples only, so the twin needs the first ones and no others.
+    work = runs(method, model, x[: task["checked"]] if method == "exact" else x)
     memory = Memory(device)
-    kernels: dict[str, Tensor] = {}
+    blocks: dict[str, list[Any]] = {}
     _say({"ready": True})
     for line in sys.stdin:
-        quantity = line.strip()
-        if quantity.startswith("check "):
-            kernel = kernels.get(quantity.removeprefix("check "))
-            _say({"error": None if kernel is None else _error(kernel, name, int(samples), device)})
-            continue
-        memory.reset()
-        start = _clock(device)
-        found = work[quantity]()
-        _say({"seconds": _clock(device) - start, "peak_mb": memory.peak()})
-        if found is not None:
-            kernels[quantity] = _first(found)
-        del found
+        request, _, quantity = line.strip().rpartition(" ")
+        if request == "check":
+            _say({"kernel": blocks.get(quantity)})
+        elif request == "plan":
+            _say(planned(method, name, samples, quantity, device))
+        else:
+            memory.reset()
+            start, cpu = _clock(device), time.process_time()
+            found = work[quantity]()
+            seconds = _clock(device) - start
+            _say({"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "peak_mb": memory.peak()})
+            if found is not None:
+                blocks[quantity] = _first(found, task["checked"])
+            del found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], cast("Method", sys.argv[3]), sys.argv[4])
+    main(json.loads(sys.argv[1]))

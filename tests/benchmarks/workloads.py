@@ -1,27 +1,22 @@
-"""What is timed: networks with a batch, and the things that are done with them.
+"""What is timed: networks by name, each with a random batch. The cost of a kernel does not depend on the numbers.
 
-N samples, C outputs, P parameters. Weights and inputs are random; the cost of a kernel does not depend on them.
+N samples, C outputs, P parameters, T tokens. A name may carry options: "mlp:width=1024,classes=20".
 """
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-import ntk_monitor as ntk
-
-Run = Callable[[], Tensor | None]
-Method: TypeAlias = Literal["backwards", "reference", "rows", "step", "probe"]
+from tests.benchmarks.networks import GPT, ResNet18, ViT
 
 
-def mlp() -> nn.Module:
-    """P = 562,698: wide layers on few features, where the Jacobian is far larger than the activations."""
-    widths = (64, 512, 512, 512)
+def mlp(width: int = 512, depth: int = 3, classes: int = 10) -> nn.Module:
+    """P = 563,722: wide layers on few features, where the Jacobian is far larger than the activations."""
+    widths = (64, *[width] * depth)
     hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(512, 10))
+    return nn.Sequential(*hidden, nn.Linear(width, classes))
 
 
 def cnn() -> nn.Module:
@@ -38,63 +33,35 @@ def demo() -> nn.Module:
     return network()
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (64,)),
     "cnn": (cnn, (3, 32, 32)),
+    "resnet18": (ResNet18, (3, 32, 32)),
+    "vit": (ViT, (3, 32, 32)),
+    "gpt": (GPT, (64,)),
     "demo": (demo, (1, 8, 8)),
 }
 """By name: how it is built, and the shape of one sample."""
 
 
+def parsed(name: str) -> tuple[str, dict[str, int]]:
+    """Return the network's name and its options."""
+    base, _, options = name.partition(":")
+    pairs = (option.partition("=") for option in options.split(",") if option)
+    return base, {key: int(value) for key, _, value in pairs}
+
+
 def problem(name: str, samples: int, device: str) -> tuple[nn.Module, Tensor]:
     """Return network and batch, the same ones in every process."""
     torch.manual_seed(0)
-    build, shape = NETWORKS[name]
-    return build().eval().to(device), torch.randn(samples, *shape).to(device)
+    base, options = parsed(name)
+    build, shape = NETWORKS[base]
+    model = build(**options).eval().to(device)
+    if base == "gpt":
+        return model, torch.randint(1000, (samples, options.get("tokens", shape[0]))).to(device)
+    return model, torch.randn(samples, *shape).to(device)
 
 
-def runs(method: Method, model: nn.Module, x: Tensor) -> dict[str, Run]:
-    """Return what a method does, by the quantity it yields; a kernel is returned for the check of its error."""
-    if method == "backwards":
-        return dict.fromkeys(("trace", "full"), lambda: backwards(model, x))
-    if method == "step":
-        return {"monitor": training_step(model, x)}
-    if method == "probe":
-        return {"monitor": probe(model, x)}
-    return {
-        "trace": lambda: ntk.empirical_ntk(model, x, outputs="trace", engine=method),
-        "full": lambda: ntk.empirical_ntk(model, x, outputs="full", engine=method),
-    }
-
-
-def backwards(model: nn.Module, x: Tensor) -> None:
-    """C ordinary backward passes over the batch: the yardstick, and near the floor for an exact kernel."""
-    y = model(x)
-    for c in range(y.shape[1]):
-        torch.autograd.grad(y[:, c].sum(), list(model.parameters()), retain_graph=True)
-
-
-def training_step(model: nn.Module, x: Tensor) -> Run:
-    """One step of the demo's training on a batch of 64: forward, cross-entropy, backward, AdamW."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    x = x[:64]
-    classes = torch.arange(len(x), device=x.device) % 10
-
-    def step() -> None:
-        optimizer.zero_grad()
-        functional.cross_entropy(model(x), classes).backward()
-        optimizer.step()
-
-    return step
-
-
-def probe(model: nn.Module, x: Tensor) -> Run:
-    """What the monitor does at one due step, the Gram image and the writing left out."""
-    classes = torch.arange(len(x), device=x.device) % 10
-    monitor = ntk.Monitor(model, None, (x, classes), "cross_entropy", gram_every=0, strict=True)
-
-    def take() -> None:
-        monitor.snapshot(monitor.probes)
-
-    return take
+def checked(name: str) -> int:
+    """Return for how many samples the float64 twin is computed; an entry of the kernel depends on two samples only."""
+    return 6 if parsed(name)[0] in ("mlp", "cnn") else 2
