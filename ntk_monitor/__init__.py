@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntk_monitor import errors as errors
+    from ntk_monitor.engines.operator import NTKOperator as NTKOperator
     from ntk_monitor.errors import HistoryError as HistoryError
     from ntk_monitor.errors import InputError as InputError
     from ntk_monitor.errors import NetworkError as NetworkError
@@ -31,6 +32,7 @@ _HOMES = {
     "InputError": "errors",
     "Monitor": "monitor",
     "NTKMonitorError": "errors",
+    "NTKOperator": "engines.operator",
     "NetworkError": "errors",
     "NumericsError": "errors",
     "Probe": "probe",
@@ -48,6 +50,7 @@ __all__ = [
     "InputError",
     "Monitor",
     "NTKMonitorError",
+    "NTKOperator",
     "NetworkError",
     "NumericsError",
     "Probe",

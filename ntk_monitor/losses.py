@@ -231,7 +231,12 @@ def _same(y: Tensor, f: Tensor) -> Tensor:
 
 def huber(delta: float = 1.0) -> Loss:
     """Return `torch.nn.HuberLoss` (mean); it has no residual coordinate where the error is clipped."""
-    return Loss(f"huber(mean, delta={delta:g})", "other", lambda f, y: F.huber_loss(f, _same(y, f), delta=delta))
+    return Loss(
+        f"huber(mean, delta={delta:g})",
+        "other",
+        lambda f, y: F.huber_loss(f, _same(y, f), delta=delta),
+        {"delta": delta},
+    )
 
 
 def recognised(loss: Any) -> Loss:
@@ -280,7 +285,7 @@ def token_cross_entropy(*, shift: bool = False) -> Loss:
         logits, labels = (f[:, :-1], y[:, 1:]) if shift else (f, y)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long())
 
-    return Loss(f"token_cross_entropy(mean{', shifted' if shift else ''})", "other", function)
+    return Loss(f"token_cross_entropy(mean{', shifted' if shift else ''})", "other", function, {"shift": shift})
 
 
 def _module_loss(loss: nn.Module) -> Loss | None:
