@@ -18,15 +18,6 @@ ENGINES = ("rows",)
 REFUSED = {"torchscript": "TorchScript hides its operations"}
 """What no engine measures: name → the sentence that says so."""
 
-_NO_GRADIENTS = "the first look at a network forbids it to differentiate inside"
-FAULTS = {
-    "residual of a heat equation": _NO_GRADIENTS,
-    "forces of an energy": _NO_GRADIENTS,
-    "gradient penalty": _NO_GRADIENTS,
-    "inner gradient step": _NO_GRADIENTS,
-}
-"""What should be measured and is not yet: name → what is wrong."""
-
 
 def twin(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The Jacobian of the case, name → (N, C, p): an untouched network for every sample, or the batch if coupled."""
@@ -52,13 +43,8 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float, floor: float = 0
     assert float((got - wanted).abs().max()) <= tolerance * float(wanted.abs().max()) + floor
 
 
-def _cases() -> list[Any]:
-    marks = {name: pytest.mark.xfail(reason=reason) for name, reason in FAULTS.items()}
-    return [pytest.param(case, marks=marks.get(case.name, ()), id=str(case)) for case in (*ZOO, *TRANSFORMERS)]
-
-
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("case", _cases())
+@pytest.mark.parametrize("case", [*ZOO, *TRANSFORMERS], ids=str)
 def test_the_kernel_is_exact(case: Case, engine: Any) -> None:
     def ntk(**options: Any) -> Any:
         return empirical_ntk(case.model(), case.inputs(), forward=case.forward, engine=engine, **options)

@@ -779,7 +779,7 @@ def _reordered(m: Any, x: Tensor) -> Any:
 def _edited(m: Any, x: Tensor) -> Any:
     h = m.a(x)
     h[:, 1].mul_(2).add_(m.b.bias[0])
-    torch.relu_(h.view(-1)[3:])
+    torch.relu_(h.view(len(x), -1)[:, 3:])
     y = m.b(h)
     y[..., :1] *= x[..., :1]
     return y
