@@ -258,8 +258,8 @@ class Monitor:
             network = Network.careful(
                 self.model, inputs, params=recipe.params, forward=recipe.forward, device=recipe.device
             )
-            with torch.no_grad():
-                return network.raw(network.prepared(inputs)).double().cpu(), network.parameter_count
+            # With gradients enabled: a forward may take gradients itself (physics-informed residuals).
+            return network.raw(network.prepared(inputs)).detach().double().cpu(), network.parameter_count
 
     def _terms(self, raw: Measurement) -> tuple[Terms | None, str]:
         """Return the loss terms on the probe, or None and the reason why there are no modes."""

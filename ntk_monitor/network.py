@@ -96,7 +96,7 @@ class Network:
         # Which rows of an embedding are rewritten depends on the samples, so two of them prove nothing there.
         rewrites = any(getattr(m, "max_norm", None) is not None for m in live.modules())
         if not rewrites and not trial.promoted:
-            with torch.no_grad():
+            with torch.enable_grad():  # a forward may take gradients itself
                 trial.raw(trial.prepared(take(inputs, slice(0, 2))))
             same = ((p, trial._shadow.of(p)) for p in live.parameters())
             rewrites = not all(torch.equal(p, copied.to(p.device)) for p, copied in same)

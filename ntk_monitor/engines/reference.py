@@ -23,7 +23,7 @@ class ReferenceJacobian:
         self._network = network
         self._inputs = inputs
         self.samples = size(inputs)
-        with torch.no_grad():
+        with torch.enable_grad():  # a forward may take gradients itself
             self.outputs = network.outputs(take(inputs, slice(0, 1))).shape[1]
         element = torch.empty((), dtype=network.dtype).element_size()
         self.bytes_per_sample = self.outputs * network.parameter_count * element

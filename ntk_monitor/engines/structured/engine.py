@@ -60,8 +60,7 @@ def recorded(network: Network, inputs: Batch, *, values: bool = True) -> Side:
     tap.mark(tensors(inputs))
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"), tap:
         y = network.outputs(inputs)
-    for operation in tap.operations:
-        operation.check()
+    tap.check()
     if any(p.is_complex() for p in network.parameters.values()):
         raise UnfollowedError("complex parameters")
     attached = reached(y, network.parameters) if y.requires_grad else []
@@ -154,7 +153,10 @@ def _backward(side: Side, cotangent: Tensor) -> list[list[Tensor | None]]:
     if not edges:
         return []
     found = iter(torch.autograd.grad(side.y, edges, cotangent, retain_graph=True, allow_unused=True))
-    return [[next(found) for _ in operation.outs] for operation in side.operations]
+    return [
+        [None if (g := next(found)) is None else g.reshape(out.shape) for out in operation.outs]
+        for operation in side.operations
+    ]
 
 
 def _stacked(side: Side, classes: range, total: int) -> list[list[Tensor | None]]:

@@ -30,7 +30,7 @@ def summed(out: Out, g: Tensor, shape: Sequence[int]) -> Tensor:
         g = g.unflatten(1 + axis, (folded, layout.count) if layout.strided else (layout.count, folded))
         g = g.movedim(1 + axis + layout.strided, 0)
         over = [2 + d for d in range(rank) if padded[d] == 1 and (out.shape[d] != 1 or d == axis)]
-        return g.sum(over).flatten(2) if over else g.flatten(2)
+        return (g.sum(over) if over else g).reshape(layout.count, len(g[0]), -1)
     owner = owners_of(out, g.device)
     place = torch.arange(math.prod(shape), device=g.device).view(padded).expand(out.shape)
     count, size = layout.count, math.prod(shape)

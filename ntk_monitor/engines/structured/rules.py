@@ -389,10 +389,7 @@ def _filled(value: Any, leaves: list[Tensor]) -> Any:
 def _elementwise(tap: Tap, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     in_place = func in _ELEMENTWISE_IN_PLACE
     frozen, sources, kept = _frozen(tap, (args, kwargs), in_place)
-    leaf = _needs_leaf(*(t for t in _tensors((args, kwargs)) if tap.source(t) is None))
-    if in_place and leaf:
-        return func(*args, **kwargs)
-    a, k = _replaced((args, kwargs), lambda t: tap.alias(t, leaf))
+    a, k = _replaced((args, kwargs), lambda t: tap.alias(t, leaf=True))
     y = func(*a, **k)
     if not isinstance(y, Tensor) or not y.requires_grad:
         return y
@@ -403,7 +400,7 @@ def _elementwise(tap: Tap, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         with torch.enable_grad():
             leaves[index] = leaves[index].expand(shape).clone().requires_grad_()
             fa, fk = _filled(frozen, leaves)
-            again = func(*fa, **fk)
+            again = func(fa[0].clone(), *fa[1:], **fk) if in_place else func(*fa, **fk)
             ones = [torch.autograd.grad(again, leaves[index], row, retain_graph=True)[0] for row in g.to(again.dtype)]
         return torch.stack(ones)
 
@@ -436,9 +433,9 @@ def _tied_to_samples(t: Tensor) -> bool:
 
 def _local(tap: Tap, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     frozen, sources, kept = _frozen(tap, (args, kwargs))
-    leaf = _needs_leaf(*(t for t in _tensors((args, kwargs)) if tap.source(t) is None))
     versions = [t._version for t in kept]
-    a, k = _replaced((args, kwargs), lambda t: tap.alias(t, leaf))
+    # Leaves, because a result may depend on the source alone although data was passed too.
+    a, k = _replaced((args, kwargs), lambda t: tap.alias(t, leaf=True))
     results = func(*a, **k)
     if versions != [t._version for t in kept]:
         return results
@@ -450,6 +447,9 @@ def _local(tap: Tap, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return [found[i] for i in wanted]
 
     if wanted:
+        # Copies: one output may be computed from another (a cell's hidden state from its cell state), and the gradient
+        # of the original would then count that path again.
+        results = _replaced(results, lambda t: t.clone() if t.requires_grad else t)
         found = list(_tensors(results))
         outs = [tap.out(found[i]) for i in wanted]
         tap.operations.append(Local(getattr(func, "__name__", str(func)), sources, outs, kept, again=again))

@@ -130,6 +130,7 @@ class Tap(TorchFunctionMode):
         self._marked: dict[int, weakref.ref[Tensor]] = {}
         self.operations: list[Operation] = []
         self.moves = True
+        self._views: list[tuple[Tensor, int]] = []
 
     def mark(self, tensors: Iterable[Tensor]) -> None:
         """Note tensors that depend on the samples."""
@@ -156,8 +157,25 @@ class Tap(TorchFunctionMode):
         return value.requires_grad_() if leaf else value
 
     def out(self, y: Tensor, channels: Iterable[int] = ()) -> Out:
-        """Return the record of an output tensor."""
-        return Out(get_gradient_edge(y), tuple(y.shape), tuple(c % y.dim() for c in channels))
+        """Return the record of an output tensor.
+
+        An in-place operation on a view would cut the view's own node out of the graph; its base's node stays.
+        """
+        shape, channels = tuple(y.shape), tuple(c % y.dim() for c in channels)
+        base = y._base
+        if base is None:
+            return Out(get_gradient_edge(y), shape, channels)
+        whole = base.numel() == y.numel() and base.is_contiguous() and y.is_contiguous() and not base.is_leaf
+        if not whole:
+            self._views.append((y, y._version))
+        return Out(get_gradient_edge(base if whole else y), shape, channels)
+
+    def check(self) -> None:
+        """Refuse inputs and tapped views that were overwritten after they were used."""
+        for operation in self.operations:
+            operation.check()
+        if any(y._version != version for y, version in self._views):
+            raise UnfollowedError("a view that parameters enter was overwritten in place")
 
     def __torch_function__(
         self, func: Any, types_: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -177,7 +195,7 @@ class Tap(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _OPENED_ATTENTION(*args, **kwargs)
-        if not data:
+        if not data or func in _SHAPED_LIKE:
             return self._derived(func(*args, **kwargs), sources)
         result = NotImplemented
         if (rule := self._rules.get(func)) is not None:
@@ -241,6 +259,9 @@ def _opened(function: types.FunctionType) -> types.FunctionType:
 
 _OPENED_ATTENTION = _opened(F.multi_head_attention_forward)
 _OPENED_ATTENTION.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+_SHAPED_LIKE = frozenset({Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as})
+"""Functions that take only the shape or dtype of their second argument."""
+
 _SECOND_ORDER = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 
 
