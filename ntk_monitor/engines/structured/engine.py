@@ -6,6 +6,7 @@ networks without positions), and one layer's blocks. Never a Jacobian of the who
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ntk_monitor.engines.structured import samples
 from ntk_monitor.engines.structured.operations import Matrix, Table, Value, scattered
 from ntk_monitor.engines.structured.products import Gram, contract
 from ntk_monitor.engines.structured.rules import RULES, otherwise
-from ntk_monitor.engines.structured.tap import Operation, Tap, UnfollowedError, reached
+from ntk_monitor.engines.structured.tap import Operation, Source, Tap, UnfollowedError, reached
 from ntk_monitor.network import Network
 
 _KEPT_BYTES = 192 * 2**20
@@ -45,7 +46,6 @@ class Side:
     operations: list[Operation]
     attached: list[str]
     kept: dict[int, Any] = field(default_factory=dict)
-    directions: Tensor | None = None
     gradients: list[list[Tensor | None]] = field(default_factory=list)
 
 
@@ -67,84 +67,83 @@ def recorded(network: Network, inputs: Batch, *, values: bool = True) -> Side:
     return Side(y, tap.operations, attached)
 
 
-def located(side: Side, *, rotate: bool) -> None:
+def located(side: Side) -> None:
     """Find the samples in every operation's output; forget operations that the outputs do not depend on.
 
-    Two backward passes. With `rotate` the first of them is already the first output direction of a trace kernel, which
-    any orthonormal basis of the outputs gives; else both are extra.
+    The first of the two backward passes is that of the first output, whose gradients are kept for the kernel. Where
+    that output does not reach an operation, two passes with a random combination of all outputs follow.
 
     Raises:
         CoupledError: samples depend on each other.
     """
-    y, n = side.y, len(side.y)
+    y = side.y
     if not y.requires_grad:
         side.operations = []
         return
-    directions = _directions(y.shape[1], y) if rotate else None
-    generator = torch.Generator().manual_seed(1)
-    u = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) if directions is None else None
-    u = directions[0].expand_as(y) if directions is not None else u
-    assert u is not None
+    u = torch.zeros_like(y)
+    u[:, 0] = 1
     first = _backward(side, u)
-    used = [any(g is not None for g in part) for part in first]
-    side.operations = [operation for operation, keep in zip(side.operations, used, strict=True) if keep]
-    first = [part for part, keep in zip(first, used, strict=True) if keep]
-    if n == 1:
+    if len(y) == 1:
         for operation in side.operations:
             for out in operation.outs:
                 out.layout = samples.everything([s for d, s in enumerate(out.shape) if d not in out.channels], y.device)
     else:
-        _laid_out(side, u, first)
-    if directions is not None:
-        side.directions = directions
-        side.gradients = first
+        _lay_out(side, u, first)
+    side.gradients = first
 
 
-def _laid_out(side: Side, u: Tensor, first: list[list[Tensor | None]]) -> None:
-    n, y = len(side.y), side.y
-    # The narrowest dtype inside decides how many powers of two there are.
-    half = any(g is not None and g.dtype == torch.float16 for part in first for g in part)
-    dtype = torch.float16 if half else y.dtype
-    scale = samples.scales(n, dtype, y.device).to(y.dtype)
+def _lay_out(side: Side, u: Tensor, first: list[list[Tensor | None]]) -> None:
+    scale = _scale(side, first)
     second = _backward(side, scale[:, None] * u)
-    passes: list[list[list[Tensor | None]]] = []
+    missing = []
     for k, operation in enumerate(side.operations):
         for j, out in enumerate(operation.outs):
             a, b = first[k][j], second[k][j]
-            if a is None or b is None:
-                continue
-            out.layout = samples.axis_layout(a, b, out.channels, scale)
+            if a is not None and b is not None and a.numel() and bool(a.any()):
+                out.layout = samples.axis_layout(a, b, out.channels, scale)
             if out.layout is None:
-                if not passes:
-                    passes = [
-                        _backward(side, samples.scales(n, dtype, y.device, digit).to(y.dtype)[:, None] * u)
-                        for digit in range(samples.digits(n, dtype))
-                    ]
-                one = [found for p in passes if (found := p[k][j]) is not None]
-                out.layout = samples.owners(a, one, out.channels, n, 8 if half else 16)
-            if out.layout is None:
-                name = ", ".join(dict.fromkeys(p for s in operation.sources for p in s.parameters))
-                kind = _SharedValueError if isinstance(operation, Value) else CoupledError
-                raise kind(f"samples of the batch depend on each other in {operation.name} ({name})")
+                missing.append((k, j))
         second[k] = []
+    if missing:
+        _search(side, missing)
+
+
+def _scale(side: Side, gradients: list[list[Tensor | None]], digit: int | None = None) -> Tensor:
+    # The narrowest dtype inside decides how many powers of two there are.
+    half = any(g is not None and g.dtype == torch.float16 for part in gradients for g in part)
+    return samples.scales(len(side.y), torch.float16 if half else side.y.dtype, side.y.device, digit).to(side.y.dtype)
+
+
+def _search(side: Side, missing: list[tuple[int, int]]) -> None:
+    """Find the samples where the first output did not tell, or where they do not lie along an axis."""
+    y = side.y
+    generator = torch.Generator().manual_seed(1)
+    u = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+    first = _backward(side, u)
+    scale = _scale(side, first)
+    second = _backward(side, scale[:, None] * u)
+    base = 8 if bool(scale.max() < 2**8) and len(y) > 8 else 16
+    passes: list[list[list[Tensor | None]]] = []
+    for k, j in missing:
+        operation, a, b = side.operations[k], first[k][j], second[k][j]
+        out = operation.outs[j]
+        if a is None or b is None or not a.numel():
+            continue
+        out.layout = samples.axis_layout(a, b, out.channels, scale)
+        if out.layout is None:
+            if not passes:
+                count = samples.digits(len(y), base)
+                passes = [_backward(side, _scale(side, first, digit)[:, None] * u) for digit in range(count)]
+            one = [found for p in passes if (found := p[k][j]) is not None]
+            out.layout = samples.owners(a, one, out.channels, len(y), base)
+        if out.layout is None:
+            name = ", ".join(dict.fromkeys(p for s in operation.sources for p in s.parameters))
+            kind = _SharedValueError if isinstance(operation, Value) else CoupledError
+            raise kind(f"samples of the batch depend on each other in {operation.name} ({name})")
 
 
 class _SharedValueError(UnfollowedError):
     """A tapped source is shared by the samples; its parameters have to stay attached."""
-
-
-def _directions(outputs: int, like: Tensor) -> Tensor:
-    """Return an orthonormal basis (C, C) of the outputs whose first vector has no zero: a Householder reflection."""
-    if outputs == 1:
-        return torch.ones(1, 1, dtype=like.dtype, device=like.device)
-    generator = torch.Generator().manual_seed(2)
-    v = torch.rand(outputs, generator=generator, dtype=torch.float64) + 0.5
-    v = v * (1 - 2 * (torch.arange(outputs) % 2)) / v.norm()
-    w = v.clone()
-    w[0] += 1 if v[0] >= 0 else -1
-    w = w / w.norm()
-    basis = torch.eye(outputs, dtype=torch.float64) - 2 * w[:, None] * w
-    return basis.to(like)
 
 
 def _backward(side: Side, cotangent: Tensor) -> list[list[Tensor | None]]:
@@ -159,20 +158,16 @@ def _backward(side: Side, cotangent: Tensor) -> list[list[Tensor | None]]:
     ]
 
 
-def _stacked(side: Side, classes: range, total: int) -> list[list[Tensor | None]]:
-    """Return gradients (C', *shape) for these outputs."""
-    if len(classes) == 1 and classes[0] == 0 and side.gradients:
-        ready, side.gradients = side.gradients, []
-        return [[None if g is None else g[None] for g in part] for part in ready]
+def _stacked(side: Side, classes: range) -> list[list[Tensor | None]]:
+    """Return gradients (C', *shape) for these outputs; operations without samples have none."""
     result: list[list[Tensor | None]] = [[None] * len(o.outs) for o in side.operations]
     for i, c in enumerate(classes):
         cotangent = torch.zeros_like(side.y)
         cotangent[:, c] = 1
-        if side.directions is not None:
-            cotangent = side.directions[c].expand_as(side.y)
-        for k, part in enumerate(_backward(side, cotangent)):
+        ready, side.gradients = (side.gradients, []) if c == 0 else ([], side.gradients)
+        for k, part in enumerate(ready or _backward(side, cotangent)):
             for j, g in enumerate(part):
-                if g is None:
+                if g is None or side.operations[k].outs[j].layout is None:
                     continue
                 if len(classes) == 1:
                     result[k][j] = g[None]
@@ -181,7 +176,6 @@ def _stacked(side: Side, classes: range, total: int) -> list[list[Tensor | None]
                 if stack is None:
                     stack = result[k][j] = g.new_zeros(len(classes), *g.shape)
                 stack[i] = g
-    side.gradients = []
     return result
 
 
@@ -210,7 +204,7 @@ def structured_gram(
     Raises:
         UnfollowedError: the engine cannot be exact here.
     """
-    sides = [_side(network, batch, layout) for batch in ([inputs] if other is None else [inputs, other])]
+    sides = [_side(network, batch) for batch in ([inputs] if other is None else [inputs, other])]
     for side in sides[1:]:
         if [o.name for o in side.operations] != [o.name for o in sides[0].operations]:
             raise UnfollowedError("the two batches take different paths through the network")
@@ -219,13 +213,13 @@ def structured_gram(
     return job.run()
 
 
-def _side(network: Network, batch: Batch, layout: Layout) -> Side:
+def _side(network: Network, batch: Batch) -> Side:
     side = recorded(network, batch)
     try:
-        located(side, rotate=layout == "trace")
+        located(side)
     except _SharedValueError:
         side = recorded(network, batch, values=False)
-        located(side, rotate=layout == "trace")
+        located(side)
     return side
 
 
@@ -273,7 +267,7 @@ class _Job:
             self._gram(name)
         for start in range(0, self._outputs, step):
             classes = range(start, min(start + step, self._outputs))
-            gradients = [_stacked(s, classes, self._outputs) for s in self._sides]
+            gradients = [_stacked(s, classes) for s in self._sides]
             for unit in units:
                 self._add(unit, gradients, classes)
         found = {key: gram.finished() for key, gram in self._grams.items()}
@@ -308,22 +302,31 @@ class _Job:
         attached = {name for side in self._sides for name in side.attached}
         units = []
         for name in self._network.parameters:
-            if name in uses or name in attached:
-                kind = "dense" if name in attached else self._kind(uses[name])
-                units.append(_Unit(name, uses.get(name, []), kind))
+            if name in attached:
+                units.append(_Unit(name, uses.get(name, []), "dense"))
+            elif name in uses:
+                units += self._split(name, uses[name])
         return self._with_biases(units)
 
-    def _kind(self, uses: list[tuple[int, int]]) -> str:
+    def _split(self, name: str, uses: list[tuple[int, int]]) -> list[_Unit]:
+        """Return what is contracted for one parameter: together, unless its uses are of disjoint parts of it."""
         operations = self._sides[0].operations
         parts = [(operations[k], operations[k].sources[i], i) for k, i in uses]
         if not all(source.exact for _, source, _ in parts):
-            return "dense"
-        matrices = all(isinstance(o, Matrix) and o.is_weight(i) and o.groups == 1 for o, _, i in parts)
-        if matrices and len({(o.name, *s.geometry) for o, s, _ in parts}) == 1:
-            return "factors"
+            return [_Unit(name, uses, "dense")]
+        if all(isinstance(o, Matrix) and o.is_weight(i) and o.groups == 1 for o, _, i in parts):
+            groups: dict[Any, list[tuple[int, int]]] = {}
+            spans = {}
+            for use, (operation, source, i) in zip(uses, parts, strict=True):
+                key = _key(operation, source, i)
+                groups.setdefault(key, []).append(use)
+                spans[key] = source.span
+            ordered = sorted(spans.values())
+            if all(left[1] < right[0] for left, right in pairwise(ordered)):
+                return [_Unit(name, group, "factors") for group in groups.values()]
         table, source, _ = parts[0]
-        whole = len(parts) == 1 and source.value.numel() == self._network.parameters[source.parameters[0]].numel()
-        return "table" if isinstance(table, Table) and whole and not self._scale else "dense"
+        whole = len(parts) == 1 and source.value.numel() == self._network.parameters[name].numel()
+        return [_Unit(name, uses, "table" if isinstance(table, Table) and whole and not self._scale else "dense")]
 
     def _with_biases(self, units: list[_Unit]) -> list[_Unit]:
         """Let a bias share the contraction of its weight where there is one position per sample."""
@@ -453,14 +456,20 @@ class _Job:
         for n in range(len(y)):
             for i, c in enumerate(classes):
                 cotangent = torch.zeros_like(y)
-                if side.directions is None:
-                    cotangent[n, c] = 1
-                else:
-                    cotangent[n] = side.directions[c]
+                cotangent[n, c] = 1
                 (g,) = torch.autograd.grad(y, root, cotangent, retain_graph=True, allow_unused=True)
                 if g is not None:
                     found[n, i] = g.to_dense().flatten()
         return found
+
+
+def _key(operation: Operation, source: Source, index: int) -> tuple[Any, ...]:
+    """Return what two uses of a weight must share for their positions to be put behind each other."""
+    value = source.value.detach()
+    matrix = operation.matrix(index, value)
+    if matrix.untyped_storage().data_ptr() == value.untyped_storage().data_ptr():
+        return (matrix.storage_offset(), tuple(matrix.shape), tuple(matrix.stride()))
+    return (operation.name, *source.geometry)
 
 
 def _pulled(jacobian: Tensor, value: Tensor, root: Tensor) -> Tensor:

@@ -280,7 +280,18 @@ def _prelu(tap: Tap, input: Tensor, weight: Tensor) -> Any:  # noqa: A002 - torc
     return y
 
 
+def _picked(tap: Tap, table: Tensor, ids: Any) -> Any:
+    """Record `table[ids]`, an embedding by hand."""
+    integers = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.dtype in (torch.bool, torch.uint8))
+    if not integers or tap.source(table) is None or table.dim() != 2 or bool((ids < 0).any()):
+        return NotImplemented
+    y = tap.alias(table, leaf=True)[ids]
+    tap.operations.append(Table("index", _sources(tap, table)[0], tap.out(y, (-1,)), ids.detach(), None))
+    return y
+
+
 RULES: dict[Any, Rule] = {
+    Tensor.__getitem__: _picked,
     F.linear: _linear,
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
@@ -334,9 +345,9 @@ def otherwise(tap: Tap, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return _elementwise(tap, func, args, kwargs) if free else func(*args, **kwargs)
     if func in _MOVES:
         return _moved(tap, func, args, kwargs)
-    name = getattr(func, "__name__", "")
-    private = name.startswith("__") and name != "__getitem__"
-    return func(*args, **kwargs) if name.endswith("_") or private or "out" in kwargs else _local(tap, func, args, kwargs)
+    # What ends in an underscore writes into its arguments.
+    writes = getattr(func, "__name__", "_").endswith("_") and func not in (Tensor.__getitem__, Tensor.__rmatmul__)
+    return func(*args, **kwargs) if writes or "out" in kwargs else _local(tap, func, args, kwargs)
 
 
 def _replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:

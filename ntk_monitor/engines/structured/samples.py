@@ -84,9 +84,9 @@ def scales(samples: int, dtype: torch.dtype, device: torch.device, digit: int | 
     return torch.exp2(exponents.double()).to(device, dtype)
 
 
-def digits(samples: int, dtype: torch.dtype) -> int:
+def digits(samples: int, base: int) -> int:
     """Return how many digits the sample index has."""
-    base, count = (8 if dtype == torch.float16 else 16), 1
+    count = 1
     while base**count < samples:
         count += 1
     return count

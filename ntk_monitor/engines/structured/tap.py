@@ -47,6 +47,13 @@ class Source:
         v = self.value
         return (v.storage_offset(), tuple(v.shape), tuple(v.stride()))
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first and the last element of its storage that it shows."""
+        v = self.value
+        reach = sum(stride * (size - 1) for stride, size in zip(v.stride(), v.shape, strict=True))
+        return v.storage_offset(), v.storage_offset() + reach
+
 
 @dataclass(slots=True, eq=False)
 class Out:
@@ -195,7 +202,7 @@ class Tap(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _OPENED_ATTENTION(*args, **kwargs)
-        if not data or func in _SHAPED_LIKE:
+        if not data or func in _SHAPED_LIKE or (func is Tensor.__getitem__ and self._selects(args)):
             return self._derived(func(*args, **kwargs), sources)
         result = NotImplemented
         if (rule := self._rules.get(func)) is not None:
@@ -204,6 +211,15 @@ class Tap(TorchFunctionMode):
             result = self._otherwise(self, func, args, kwargs)
         self.mark(_tensors(result))
         return result
+
+    def _selects(self, args: tuple[Any, ...]) -> bool:
+        """True for table[i] with a single number i that was computed from data: one expert of several, say."""
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return self.source(args[0]) is not None and all(
+            i.dim() == 0 and not i.is_floating_point() and i.dtype != torch.bool
+            for i in index
+            if isinstance(i, Tensor)
+        )
 
     def _derived(self, result: Any, sources: list[Tensor]) -> Any:
         names = tuple(dict.fromkeys(n for t in sources for n in self._sources[id(t)].parameters))
