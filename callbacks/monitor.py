@@ -57,7 +57,7 @@ class NTKMonitor(Base):
         verify: check at the first probe that nothing of the run changed, and rest with a warning if something did.
         log_prefix: prefix of every tag; two monitors in one Trainer need different ones.
         log_dir: where to write the record when there is no TensorBoard logger.
-        engine: "auto", "reference" or "rows".
+        engine: "auto", "structured", "reference" or "rows".
         memory_limit: bytes for Jacobian blocks; None: 1 GiB.
         device: where to measure; None: where the parameters are.
         seed: of the probe's choice.
@@ -81,7 +81,7 @@ class NTKMonitor(Base):
         verify: bool = True,
         log_prefix: str = "ntk",
         log_dir: str | None = None,
-        engine: Literal["auto", "reference", "rows"] = "auto",
+        engine: Literal["auto", "structured", "reference", "rows"] = "auto",
         memory_limit: int | None = None,
         device: str | None = None,
         seed: int = 0,

@@ -48,7 +48,7 @@ class Recipe:
     loss: Any = None
     forward: Any = None
     params: Any = None
-    engine: Literal["auto", "reference", "rows"] = "auto"
+    engine: Literal["auto", "structured", "reference", "rows"] = "auto"
     memory_limit: int | None = None
     gram_every: int = 10
     verify: bool = True
@@ -66,8 +66,8 @@ class Recipe:
             raise InputError(f"max_overhead must be a fraction in (0, 1], got {self.max_overhead!r}")
         if self.outputs not in ("auto", "full", "trace", "sum", "loss"):
             raise InputError(f"outputs must be auto, full, trace, sum or loss, got {self.outputs!r}")
-        if self.engine not in ("auto", "reference", "rows"):
-            raise InputError(f"engine must be auto, reference or rows, got {self.engine!r}")
+        if self.engine not in ("auto", "structured", "reference", "rows"):
+            raise InputError(f"engine must be auto, structured, reference or rows, got {self.engine!r}")
         if self.memory_limit is not None and not self.memory_limit > 0:
             raise InputError(f"memory_limit must be positive bytes or None, got {self.memory_limit!r}")
         if self.gram_every < 0:

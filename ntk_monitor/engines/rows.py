@@ -29,7 +29,7 @@ class RowsJacobian:
         samples = range(*rows.indices(self.samples))
         parameters = self._network.parameters
         found = {
-            name: _real(p.detach()).new_empty(len(samples), self.outputs, _real(p.detach()).numel())
+            name: real_part(p.detach()).new_empty(len(samples), self.outputs, real_part(p.detach()).numel())
             for name, p in parameters.items()
         }
         for i, n in enumerate(samples):
@@ -43,16 +43,16 @@ class RowsJacobian:
         parameters = self._network.parameters
         y = self._y[sample, output]
         if not y.requires_grad:
-            return {name: _real(torch.zeros_like(p)) for name, p in parameters.items()}
+            return {name: real_part(torch.zeros_like(p)) for name, p in parameters.items()}
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
             y, list(parameters.values()), retain_graph=True, allow_unused=True
         )
         return {
-            name: _real(torch.zeros_like(p) if g is None else g.to_dense())
+            name: real_part(torch.zeros_like(p) if g is None else g.to_dense())
             for (name, p), g in zip(parameters.items(), gradients, strict=True)
         }
 
 
-def _real(gradient: Tensor) -> Float[Tensor, " p"]:
+def real_part(gradient: Tensor) -> Tensor:
     """Return a gradient as one real vector: a complex parameter counts as its real and its imaginary part."""
     return torch.view_as_real(gradient.resolve_conj()).flatten() if gradient.is_complex() else gradient.flatten()

@@ -2,5 +2,5 @@
 
 One forward pass records where parameters enter (`tap`), C backward passes bring the gradient of every such operation's
 output, `samples` says which of its positions belongs to which sample, `operations` knows how each kind of operation
-turns the two into parameter gradients, and `products` contracts them layer by layer. `engine` puts it together.
+turns the two into parameter gradients, and `contraction` multiplies them layer by layer. `engine` puts it together.
 """

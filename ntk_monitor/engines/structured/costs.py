@@ -57,7 +57,11 @@ def route(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool) -> Route
     """Return the cheapest way for these sizes."""
     if x.t == 1 and x.s == 1:
         return "hadamard"
-    return "gradients" if gradients_seconds(x, layout, work, symmetric) <= pairs_seconds(x, layout, work, symmetric) else "pairs"
+    return (
+        "gradients"
+        if gradients_seconds(x, layout, work, symmetric) <= pairs_seconds(x, layout, work, symmetric)
+        else "pairs"
+    )
 
 
 def gradients_seconds(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool, rate: Rates = CPU) -> float:

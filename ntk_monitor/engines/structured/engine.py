@@ -4,6 +4,7 @@ Memory: the activations of one forward pass, their gradients for one output (all
 networks without positions), and one layer's blocks. Never a Jacobian of the whole network.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntk_monitor.batch import Batch, size, tensors
+from ntk_monitor.batch import Batch, size, take, tensors
 from ntk_monitor.engines.contract import Layout
 from ntk_monitor.engines.structured import samples
 from ntk_monitor.engines.structured.operations import Matrix, Table, Value, scattered
-from ntk_monitor.engines.structured.products import Gram, contract
+from ntk_monitor.engines.structured.contraction import Gram, contract
 from ntk_monitor.engines.structured.rules import RULES, otherwise
 from ntk_monitor.engines.structured.tap import Operation, Source, Tap, UnfollowedError, reached
 from ntk_monitor.network import Network
@@ -179,6 +180,10 @@ def _stacked(side: Side, classes: range) -> list[list[Tensor | None]]:
     return result
 
 
+class TooLargeError(UnfollowedError):
+    """The gradients of these samples do not fit into the memory limit; fewer samples at a time may."""
+
+
 def structured_gram(
     network: Network,
     inputs: Batch,
@@ -187,7 +192,8 @@ def structured_gram(
     *,
     group: Callable[[str], str],
     scale: Mapping[str, Tensor],
-    work: torch.dtype | None = None,
+    work: torch.dtype = torch.float64,
+    memory_limit: int | None = None,
 ) -> tuple[dict[str, Tensor], list[Line]]:
     """Return the kernel of each parameter group in float64, and how each parameter was treated.
 
@@ -198,29 +204,115 @@ def structured_gram(
         layout: "full" → (N, C, M, C), "trace" → (N, M), "per_output" → (C, N, M).
         group: parameter name → name of the kernel it is summed into.
         scale: square root of a diagonal preconditioner by parameter, flat; empty: none.
-        work: dtype of products; None: float64 for the full layout, whose small eigenvalues count, else float32 (sums
-            of more than 4096 terms are always float64).
+        work: dtype of products; float32: sums of more than 4096 terms are still float64.
+        memory_limit: bytes for gradients of activations; None: no limit.
 
     Raises:
-        UnfollowedError: the engine cannot be exact here.
+        UnfollowedError: the engine cannot be exact here; TooLargeError: not with this memory.
     """
-    sides = [_side(network, batch) for batch in ([inputs] if other is None else [inputs, other])]
+    sides = []
+    for batch in [inputs] if other is None else [inputs, other]:
+        side = recorded(network, batch)
+        if memory_limit is not None and (needed := _needed(side, layout)) > memory_limit:
+            raise TooLargeError(f"gradients of activations take {needed / 2**20:.0f} MiB")
+        try:
+            located(side)
+        except _SharedValueError:
+            side = recorded(network, batch, values=False)
+            located(side)
+        sides.append(side)
     for side in sides[1:]:
         if [o.name for o in side.operations] != [o.name for o in sides[0].operations]:
             raise UnfollowedError("the two batches take different paths through the network")
-    work = work or (torch.float64 if layout == "full" or network.dtype == torch.float64 else torch.float32)
     job = _Job(network, sides, layout, group, scale, work, (size(inputs), size(inputs if other is None else other)))
     return job.run()
 
 
-def _side(network: Network, batch: Batch) -> Side:
-    side = recorded(network, batch)
-    try:
-        located(side)
-    except _SharedValueError:
-        side = recorded(network, batch, values=False)
-        located(side)
-    return side
+def _needed(side: Side, layout: Layout) -> int:
+    """Return the bytes of the gradients that are held at a time."""
+    one = sum(math.prod(out.shape) for operation in side.operations for out in operation.outs) * side.y.element_size()
+    return one * (side.y.shape[1] + 1 if layout == "full" else 2)
+
+
+def structured_blocks(
+    network: Network,
+    inputs: Batch,
+    other: Batch | None,
+    layout: Layout,
+    *,
+    group: Callable[[str], str],
+    scale: Mapping[str, Tensor],
+    work: torch.dtype = torch.float64,
+    memory_limit: int,
+) -> tuple[dict[str, Tensor], list[Line]]:
+    """Return what `structured_gram` does, in blocks of samples where the whole does not fit into memory.
+
+    Twice as many blocks each time that one does not fit the limit, or that memory runs out all the same. Blocks that
+    are not on the diagonal repeat the backward passes of both of their sides.
+    """
+    n, m = size(inputs), size(inputs if other is None else other)
+    count = 1
+    while True:
+        try:
+            return _blocks(network, inputs, other, layout, (n, m, count), group, scale, work, memory_limit)
+        except (TooLargeError, MemoryError, RuntimeError) as error:
+            if count >= max(n, m) or not (isinstance(error, TooLargeError) or _out_of_memory(error)):
+                raise
+            count *= 2
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or "allocate memory" in str(error) or "out of memory" in str(error).lower()
+
+
+def _blocks(  # noqa: PLR0913 - one call, taken apart
+    network: Network,
+    inputs: Batch,
+    other: Batch | None,
+    layout: Layout,
+    sizes: tuple[int, int, int],
+    group: Callable[[str], str],
+    scale: Mapping[str, Tensor],
+    work: torch.dtype,
+    memory_limit: int,
+) -> tuple[dict[str, Tensor], list[Line]]:
+    n, m, count = sizes
+
+    def gram(a: Batch, b: Batch | None) -> tuple[dict[str, Tensor], list[Line]]:
+        # A single sample has to be done whatever it takes.
+        limit = memory_limit if count < max(n, m) else None
+        return structured_gram(network, a, b, layout, group=group, scale=scale, work=work, memory_limit=limit)
+
+    if count == 1:
+        return gram(inputs, other)
+    whole: dict[str, Tensor] = {}
+    lines: list[Line] = []
+    rows, cols = _parts(n, count), _parts(m, count)
+    sample = {"full": 2, "trace": 1, "per_output": 2}[layout]
+    for i, r in enumerate(rows):
+        for c in cols[: i + 1] if other is None else cols:
+            same = other is None and r == c
+            found, lines = gram(take(inputs, r), None if same else take(inputs if other is None else other, c))
+            for key, block in found.items():
+                if key not in whole:
+                    outputs = block.shape[0 if layout == "per_output" else 1]
+                    shape = {"full": (n, outputs, m, outputs), "trace": (n, m), "per_output": (outputs, n, m)}[layout]
+                    whole[key] = block.new_zeros(shape)
+                view = whole[key].movedim(1, 0) if layout == "per_output" else whole[key]
+                turned = block.movedim(1, 0) if layout == "per_output" else block
+                index: list[Any] = [slice(None)] * view.dim()
+                index[0], index[sample] = r, c
+                view[tuple(index)] = turned
+                if other is None and not same:
+                    index[0], index[sample] = c, r
+                    view[tuple(index)] = turned.permute(2, 3, 0, 1) if layout == "full" else turned.transpose(0, sample)
+    return whole, lines
+
+
+def _parts(length: int, count: int) -> list[slice]:
+    step = -(-length // count)
+    return [slice(s, min(s + step, length)) for s in range(0, length, step)]
 
 
 @dataclass(slots=True)
@@ -431,9 +523,7 @@ class _Job:
         gram.rows(dense[0], dense[1] if len(dense) > 1 else None, classes)
         return "rows of the table"
 
-    def _jacobian(
-        self, side: Side, gradients: list[list[Tensor | None]], unit: _Unit, classes: range
-    ) -> Tensor | None:
+    def _jacobian(self, side: Side, gradients: list[list[Tensor | None]], unit: _Unit, classes: range) -> Tensor | None:
         """Return J (N, C', p) of one parameter: the sum over all its uses, recorded and missed."""
         root = self._network.parameters[unit.parameter]
         total: Tensor | None = None

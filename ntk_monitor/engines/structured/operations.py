@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntk_monitor.engines.structured.products import per_sample
+from ntk_monitor.engines.structured.contraction import per_sample
 from ntk_monitor.engines.structured.samples import Axis
 from ntk_monitor.engines.structured.tap import Operation, Out, Source
 

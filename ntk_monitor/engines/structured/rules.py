@@ -325,7 +325,10 @@ _MOVING = "cat concat concatenate stack hstack vstack dstack column_stack row_st
 
 def _named(names: Sequence[str]) -> frozenset[Any]:
     return frozenset(
-        function for owner in (torch, Tensor, F) for name in names if (function := getattr(owner, name, None)) is not None
+        function
+        for owner in (torch, Tensor, F)
+        for name in names
+        if (function := getattr(owner, name, None)) is not None
     )
 
 
@@ -465,4 +468,3 @@ def _local(tap: Tap, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         outs = [tap.out(found[i]) for i in wanted]
         tap.operations.append(Local(getattr(func, "__name__", str(func)), sources, outs, kept, again=again))
     return results
-

@@ -115,16 +115,12 @@ def axis_layout(first: Tensor, second: Tensor, channels: Sequence[int], scale: T
             along = along.to(first.dtype).view(*(length if k == d else 1 for k in range(first.dim())))
             if not bool(((other - peak * along).abs() <= tolerance * peak * along + tiny * along).all()):
                 continue
-            if not channels or bool(
-                ((second - first * along).abs() <= tolerance * peak * along + tiny * along).all()
-            ):
+            if not channels or bool(((second - first * along).abs() <= tolerance * peak * along + tiny * along).all()):
                 return Axis(index, samples, strided)
     return None
 
 
-def owners(
-    first: Tensor, passes: Sequence[Tensor], channels: Sequence[int], samples: int, base: int
-) -> Owners | None:
+def owners(first: Tensor, passes: Sequence[Tensor], channels: Sequence[int], samples: int, base: int) -> Owners | None:
     """Return the owner of every position from one pass per digit, or None when some position has several.
 
     `passes[d]` is the gradient for the cotangent scaled by 2 to the d-th digit of the sample index.

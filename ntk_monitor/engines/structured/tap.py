@@ -216,9 +216,7 @@ class Tap(TorchFunctionMode):
         """True for table[i] with a single number i that was computed from data: one expert of several, say."""
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return self.source(args[0]) is not None and all(
-            i.dim() == 0 and not i.is_floating_point() and i.dtype != torch.bool
-            for i in index
-            if isinstance(i, Tensor)
+            i.dim() == 0 and not i.is_floating_point() and i.dtype != torch.bool for i in index if isinstance(i, Tensor)
         )
 
     def _derived(self, result: Any, sources: list[Tensor]) -> Any:
@@ -270,7 +268,9 @@ def _opened(function: types.FunctionType) -> types.FunctionType:
         **function.__globals__,
         **{n: lambda *_: False for n in function.__globals__ if n.startswith("has_torch_function")},
     }
-    return types.FunctionType(function.__code__, globals_, function.__name__, function.__defaults__, function.__closure__)
+    return types.FunctionType(
+        function.__code__, globals_, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
 _OPENED_ATTENTION = _opened(F.multi_head_attention_forward)

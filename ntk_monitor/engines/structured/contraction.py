@@ -165,7 +165,9 @@ def contract(
         w = product(a[:, 0], None if b is None else b[:, 0], gram.work)
         gram.hadamard(w + 1 if ones else w, g[:, :, 0], None if h is None else h[:, :, 0], classes)
     elif way == "pairs":
-        (_pairs_full if gram.layout == "full" else _pairs)(gram, (a, g), right or (a, g), classes, {} if made is None else made)
+        (_pairs_full if gram.layout == "full" else _pairs)(
+            gram, (a, g), right or (a, g), classes, {} if made is None else made
+        )
     else:
         _gradients(gram, (a, g), right, classes, weight)
     return way
@@ -183,7 +185,9 @@ def _gradients(
         block = slice(start, min(start + width, r))
         scale = None if weight is None else weight[block]
         mine = per_sample(a, g[..., block], scale).flatten(2)
-        gram.rows(mine, None if right is None else per_sample(right[0], right[1][..., block], scale).flatten(2), classes)
+        gram.rows(
+            mine, None if right is None else per_sample(right[0], right[1][..., block], scale).flatten(2), classes
+        )
 
 
 def per_sample(
