@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.cases import METHODS, Result
+from tests.benchmarks.cases import METHODS, SLOW, Result
 
 COLOURS = {
     "backwards": "#9a9a9a",
     "activations": "#d0d0d0",
     "structured": "#c1272d",
+    "structured64": "#e58a8d",
     "reference": "#e8a33d",
     "rows": "#f2d0a0",
+    "operator": "#c9b037",
     "jacrev": "#1f5fa8",
     "tutorial": "#6ea6dc",
     "loop": "#2e8b57",
@@ -69,7 +71,7 @@ def _memory(row: Result, _: Result | None) -> float | None:
 
 def _bars(axes: Any, rows: list[Result], height: Callable[[Result, Result | None], float | None]) -> None:
     groups = list(dict.fromkeys(row.workload for row in rows))
-    order = [*METHODS, "rows"]
+    order = [*METHODS, *SLOW]
     place = 0.0
     ticks = []
     for name in groups:

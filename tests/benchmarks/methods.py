@@ -4,6 +4,7 @@ J is (N, C, P) as a dict name → (N, C, p), K = J Jᵀ. Peers work in float32 t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,8 +20,17 @@ from tests.benchmarks.peers import nngeometry
 Run = Callable[[], Tensor | None]
 Jacobian = dict[str, Tensor]
 
-ENGINES = ("structured", "reference", "rows")
-"""Ours: a wrong kernel, or none, fails the benchmark."""
+ENGINES = {
+    "structured": ("structured", torch.float32),
+    "structured64": ("structured", torch.float64),
+    "reference": ("reference", torch.float64),
+    "rows": ("rows", torch.float64),
+    "operator": ("operator", torch.float64),
+}
+"""Ours, as engine and dtype: a wrong kernel, or none, fails the benchmark.
+
+The structured engine multiplies in the dtype of its result: in float32 like every peer, and in our default.
+"""
 
 CHUNK = 2**27
 """Bytes of Jacobian that the vmap of `jacrev` forms at a time: the fastest of 2**27 to 2**31 on these networks."""
@@ -29,10 +39,9 @@ CHUNK = 2**27
 def runs(method: str, model: nn.Module, x: Tensor) -> dict[str, Run]:
     """Return what a method does, by the quantity it yields; a kernel is returned for the check of its error."""
     if method in ENGINES:
-        return {
-            outputs: lambda outputs=outputs: ntk.empirical_ntk(model, x, outputs=outputs, engine=cast("Any", method))  # type: ignore[misc]
-            for outputs in ("trace", "full")
-        }
+        engine, dtype = ENGINES[method]
+        call = partial(ntk.empirical_ntk, model, x, engine=cast("Any", engine), dtype=dtype)
+        return {"trace": partial(call, outputs="trace"), "full": partial(call, outputs="full")}
     if method in ("backwards", "activations"):
         passes = backwards if method == "backwards" else activations
         return dict.fromkeys(("trace", "full"), lambda: passes(model, x))

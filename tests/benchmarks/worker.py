@@ -70,8 +70,9 @@ def planned(method: str, workload: str, samples: int, outputs: str, device: str)
     """Return the seconds and bytes that the planner expects of one of our engines, nothing for anything else."""
     if method not in ENGINES or not hasattr(ntk, "plan"):
         return {}
-    plan: Any = ntk.plan(*problem(workload, samples, device), outputs=outputs, engine=method)
-    return {"seconds": float(plan.seconds(method)), "bytes": float(plan.bytes(method))}
+    engine, _ = ENGINES[method]
+    plan: Any = ntk.plan(*problem(workload, samples, device), outputs=outputs, engine=engine)
+    return {"seconds": float(plan.seconds(engine)), "bytes": float(plan.bytes(engine))}
 
 
 def _say(answer: dict[str, Any]) -> None:
