@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ntk_monitor.engines import contract
+from ntk_monitor.engines import batched, contract
+from ntk_monitor.engines.batched import BatchedJacobian
 from ntk_monitor.engines.contract import Jacobian, gram
 from ntk_monitor.engines.reference import ReferenceJacobian
 from ntk_monitor.engines.rows import RowsJacobian
 from ntk_monitor.guard import undisturbed
 from ntk_monitor.network import Network
-from ntk_monitor.selfcheck import disagreement
+from ntk_monitor.selfcheck import disagreement, structured_disagreement
 from tests import reference
 from tests.cases import CASES, Case, N, answer
 
@@ -47,24 +48,34 @@ def given_jacobian(n: int, c: int, seed: int = 0, dtype: torch.dtype = torch.flo
     return Given({name: torch.randn(n, c, p, generator=generator).to(dtype) for name, p in (("a.w", 5), ("b.w", 3))})
 
 
-def both(case: Case) -> list[Jacobian]:
-    network = Network(case.model(), forward=case.forward)
-    return [RowsJacobian(network, case.inputs()), ReferenceJacobian(network, case.inputs(), 2**20)]
+def jacobians(case: Case) -> list[Jacobian]:
+    network, inputs = Network(case.model(), forward=case.forward), case.inputs()
+    return [RowsJacobian(network, inputs), BatchedJacobian(network, inputs), ReferenceJacobian(network, inputs, 2**20)]
 
 
 @pytest.mark.parametrize("rows", [slice(0, N), slice(1, 2), slice(2, N), slice(0, 2)])
 @pytest.mark.parametrize("name", ["mlp", "transformer encoder", "dict inputs", "frozen layers", "weight norm"])
-def test_blocks_of_both_engines_are_rows_of_the_jacobian(name: str, rows: slice) -> None:
+def test_blocks_of_every_engine_are_rows_of_the_jacobian(name: str, rows: slice) -> None:
     case = BY_NAME[name]
     model = case.model().eval()
     wanted = reference.rows(model, answer(case, model, case.inputs()))
-    for jacobian in both(case):
+    for jacobian in jacobians(case):
         assert (jacobian.samples, jacobian.outputs) == (N, 2)
         assert jacobian.bytes_per_sample == 2 * 8 * sum(w.shape[2] for w in wanted.values())
         block = jacobian.block(rows)
         assert block.keys() == wanted.keys()
         for key, value in block.items():
             torch.testing.assert_close(value, wanted[key][rows], rtol=1e-12, atol=1e-13)
+
+
+def test_chunks_of_the_batched_engine_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["mlp"]
+    network = Network(case.model())
+    wanted = BatchedJacobian(network, case.inputs()).block(slice(0, N))
+    for size in (1, 4, 5):
+        monkeypatch.setattr(batched, "_ROWS", size)
+        for name, value in BatchedJacobian(network, case.inputs()).block(slice(0, N)).items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-14, atol=1e-15)
 
 
 def test_chunks_of_the_reference_engine_change_nothing() -> None:
@@ -164,6 +175,13 @@ def test_engines_that_agree_pass_the_self_check(dtype: torch.dtype) -> None:
     assert disagreement(ReferenceJacobian(network, inputs, 2**20), network, inputs) == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["transformer encoder", "lstm", "one number per sample", "outputs of two axes"])
+def test_the_structured_engine_passes_its_self_check(name: str, dtype: torch.dtype) -> None:
+    case = BY_NAME[name]
+    assert structured_disagreement(Network(case.model(dtype)), case.inputs(dtype)) == ""
+
+
 def test_the_self_check_names_the_parameter_that_is_wrong() -> None:
     case = BY_NAME["mlp"]
     network, inputs = Network(case.model()), case.inputs()
@@ -182,10 +200,12 @@ def test_a_gradient_that_is_zero_everywhere_is_no_disagreement() -> None:
     case = BY_NAME["mlp"]
     network = Network(case.model(), forward=lambda m, x: m(x) * 0)
     assert disagreement(ReferenceJacobian(network, case.inputs(), 2**20), network, case.inputs()) == ""
+    assert structured_disagreement(network, case.inputs()) == ""
 
 
-def test_outputs_that_reach_no_parameter_have_zero_rows() -> None:
+@pytest.mark.parametrize("engine", [RowsJacobian, BatchedJacobian])
+def test_outputs_that_reach_no_parameter_have_zero_rows(engine: type[RowsJacobian]) -> None:
     case = BY_NAME["mlp"]
     network = Network(case.model(), forward=lambda m, x: x[:, :2])
-    for value in RowsJacobian(network, case.inputs()).block(slice(0, N)).values():
+    for value in engine(network, case.inputs()).block(slice(0, N)).values():
         assert torch.equal(value, torch.zeros_like(value))

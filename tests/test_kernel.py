@@ -1,10 +1,11 @@
 """The kernel against double loops over one gradient at a time, in every layout, and the laws every kernel obeys."""
 
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jaxtyping
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ntk_monitor import kernel as door
+from ntk_monitor.engines.structured.operations import Elementwise, Matrix
 from ntk_monitor.errors import InputError, NetworkError
 from ntk_monitor.kernel import empirical_ntk, measured
 from tests import reference
@@ -52,37 +55,60 @@ def test_single_precision_matches_the_double_loop_in_double(case: Case) -> None:
     assert_close(got.values, twin(case), 1e-5)
 
 
-# What torch.func cannot transform, or would transform into another function.
-ROWS = {
-    "lstm",
-    "lstm of two layers with dropout",
-    "gru, both directions",
-    "control flow on data",
-    "old autograd function",
-    "samples coupled",
-    "embedding with max_norm",
-    "checkpointing",
+# What the structured engine refuses: the case, and the reason that is given.
+BATCHED = {
+    "samples coupled": r"samples of the batch depend on each other in linear \(body\.0\.weight, body\.0\.bias\)",
+    "checkpointing": "activation checkpointing computes operations again",
 }
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_engine_that_ran_is_named_with_a_reason(case: Case) -> None:
     found = measured(case.model(), case.inputs(), forward=case.forward)
-    if found.engine == "rows":
-        assert found.reason
+    if case.name in BATCHED:
+        assert found.engine == "batched"
+        assert re.search(BATCHED[case.name], found.reason)
+        assert found.lines == ()
     else:
+        assert found.engine == "structured"
         assert "agrees" in found.reason
-    if case.name in ROWS:
-        assert found.engine == "rows"
-    if case.name in ("mlp", "cnn with batch norm, in-place relu, dropout", "transformer encoder", "dict inputs"):
-        assert found.engine == "reference"
+        names = [name for name, p in case.model().named_parameters() if p.requires_grad]
+        assert [line.parameter for line in found.lines] == names
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_the_structured_engine_refuses_what_it_cannot_do_exactly(name: str) -> None:
+    case = BY_NAME[name]
+    with pytest.raises(
+        NetworkError, match=rf'engine="structured" is not exact here: {BATCHED[name]}.*use engine="auto"'
+    ):
+        empirical_ntk(case.model(), case.inputs(), engine="structured")
 
 
 @pytest.mark.parametrize("name", ["lstm", "samples coupled"])
 def test_the_reference_engine_refuses_what_it_cannot_do_exactly(name: str) -> None:
     case = BY_NAME[name]
-    with pytest.raises(NetworkError, match=r'engine="reference".*use engine="rows"'):
+    with pytest.raises(NetworkError, match=r'engine="reference".*use engine="auto"'):
         empirical_ntk(case.model(), case.inputs(), engine="reference")
+
+
+def test_rows_come_one_by_one_where_backward_passes_cannot_be_vectorised() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g * float(g.isfinite().all())
+
+    double: Any = Doubled.apply
+    model, x = nn.Linear(4, 2).double(), torch.randn(3, 4, dtype=torch.float64)
+    centred = lambda m, inputs: double(m(inputs - inputs.mean(0)) * m(inputs).mean(0))  # noqa: E731
+    found = measured(model, x, forward=centred)
+    assert found.engine == "rows"
+    assert re.search("samples of the batch depend on each other.*; vectorised: RuntimeError", found.reason)
+    assert_close(found.values, reference.ntk(reference.rows(model, centred(model, x))))
 
 
 def test_half_precision_parameters_are_measured_in_single() -> None:
@@ -267,7 +293,8 @@ def test_training_mode_is_the_batch_coupled_function() -> None:
     exact.load_state_dict(model.state_dict())
     exact[3].eval()
     assert_close(got.values, reference.ntk(reference.rows(exact, exact(x))))
-    assert got.engine == "rows"
+    assert got.engine == "batched"
+    assert "training mode may couple" in got.reason
     assert not any(m.training for m in model.modules())
     for name, b in model.named_buffers():
         assert torch.equal(b, before[name]), name
@@ -375,22 +402,45 @@ def test_the_result_comes_in_the_dtype_asked_for() -> None:
     assert {k.dtype for k in layers.values()} == {torch.float32}
 
 
-def test_a_gradient_that_is_lost_by_an_engine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Plant the fault that the self-check is there for: a parameter that the engine does not see.
-    from ntk_monitor.engines.reference import ReferenceJacobian
+@pytest.mark.parametrize(
+    "fault", [lambda g: g * 0, lambda g: g * (1 + 1e-6), lambda g: g.flip(0), lambda g: g * math.nan]
+)
+@pytest.mark.parametrize("name", ["mlp", "cnn with batch norm, in-place relu, dropout", "transformer encoder"])
+def test_a_wrong_gradient_is_noticed(name: str, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Plant the fault that the self-check is there for, in all weights that enter as matrices.
+    honest = Matrix.gradient
+    monkeypatch.setattr(Matrix, "gradient", lambda self, g: fault(honest(self, g)))
+    case = BY_NAME[name]
+    found = measured(case.model(), case.inputs())
+    assert found.engine == "batched"
+    assert re.search(r"the kernel of \S+weight \(.*(linear|conv2d).*\) differs from autograd's by", found.reason)
+    monkeypatch.undo()
+    assert_close(found.values, twin(case))
 
-    honest = ReferenceJacobian.block
 
-    def blind(self: ReferenceJacobian, rows: slice) -> dict[str, Tensor]:
-        return {name: b * 0 if name == "0.weight" else b for name, b in honest(self, rows).items()}
+def test_a_lost_parameter_is_noticed_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Elementwise.jacobian
+    monkeypatch.setattr(Elementwise, "jacobian", lambda self, index, gradients: honest(self, index, gradients) * index)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).double()
+    found = measured(model, torch.randn(3, 4, dtype=torch.float64))
+    assert found.engine == "batched"
+    assert "the kernel of 1.weight (layer_norm) differs from autograd's" in found.reason
+    with pytest.raises(NetworkError, match=r"1\.weight \(layer_norm\) differs from autograd's"):
+        empirical_ntk(model, torch.randn(3, 4, dtype=torch.float64), engine="structured")
 
-    case = BY_NAME["mlp"]
-    for fault in (blind, lambda self, rows: {k: b * np.nan for k, b in honest(self, rows).items()}):
-        monkeypatch.setattr(ReferenceJacobian, "block", fault)
-        found = measured(case.model(), case.inputs())
-        assert found.engine == "rows"
-        assert "differs from autograd's" in found.reason
-        assert_close(found.values, twin(case))
+
+def test_a_model_that_agreed_once_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    honest = door.structured_disagreement
+    monkeypatch.setattr(door, "structured_disagreement", lambda *args: compared.append(1) or honest(*args))
+    model, x = _network(2, 0), torch.randn(4, 3, dtype=torch.float64)
+    for _ in range(2):
+        empirical_ntk(model, x)
+    assert len(compared) == 1
+    empirical_ntk(model, x[:3])
+    assert len(compared) == 2
+    empirical_ntk(_network(2, 0), x)
+    assert len(compared) == 3
 
 
 def test_weights_that_are_not_finite_give_a_kernel_that_is_not() -> None:
@@ -418,14 +468,14 @@ def test_options_are_refused_with_what_is_known() -> None:
     model, x = nn.Linear(2, 1), torch.ones(2, 2)
     with pytest.raises(InputError, match=r"outputs must be one of .*'trace'.*, got 'all'"):
         empirical_ntk(model, x, outputs="all")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r'engine must be "auto", "reference" or "rows", got \'fast\''):
+    with pytest.raises(InputError, match=r"engine must be one of \('auto', 'structured', .*\), got 'fast'"):
         empirical_ntk(model, x, engine="fast")  # type: ignore[arg-type]
     for lacking in ({"targets": torch.ones(2)}, {"loss": "mse"}):
         with pytest.raises(InputError, match=r'outputs="loss" needs targets= and loss='):
             empirical_ntk(model, x, outputs="loss", **lacking)
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference", "rows"])
+@pytest.mark.parametrize("engine", ["auto", "structured", "reference", "rows", "operator"])
 def test_batches_are_refused(engine: Any) -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(InputError, match=r"at least one sample, got 0; pass a non-empty probe"):
@@ -438,7 +488,7 @@ def test_batches_are_refused(engine: Any) -> None:
         empirical_ntk(model, torch.ones(2, 2), torch.ones(0, 2), engine=engine)
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference", "rows"])
+@pytest.mark.parametrize("engine", ["auto", "structured", "reference", "rows", "operator"])
 def test_outputs_are_refused(engine: Any) -> None:
     model, x = nn.Linear(2, 2), torch.ones(3, 2)
 

@@ -162,7 +162,7 @@ class Clamped(nn.Linear):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("engine", ["reference", "rows"])
+@pytest.mark.parametrize("engine", ["structured", "reference", "rows"])
 def test_a_forward_that_rewrites_its_weights_rewrites_a_copy(engine: Any) -> None:
     model, x = Clamped(5, 3).double(), torch.randn(4, 5).double()
     before = model.weight.detach().clone()

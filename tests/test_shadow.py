@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ntk_monitor.engines.reference import ReferenceJacobian
 from ntk_monitor.engines.rows import RowsJacobian
+from ntk_monitor.engines.structured.operations import Matrix
 from ntk_monitor.errors import NetworkError
 from ntk_monitor.harmless import Fingerprint
 from ntk_monitor.kernel import empirical_ntk, measured
@@ -121,10 +122,13 @@ def test_a_forward_that_fails_half_way_leaves_no_trace(case: Case, engine: Any) 
     unchanged(model, measure)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(RowsJacobian, "row"), (ReferenceJacobian, "block")])
+@pytest.mark.parametrize(
+    ("owner", "name", "engine"),
+    [(RowsJacobian, "row", "rows"), (ReferenceJacobian, "block", "reference"), (Matrix, "gradient", "auto")],
+)
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_an_interrupt_half_way_leaves_no_trace(
-    case: Case, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, owner: type, name: str, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs, honest = with_gradients(case), case.inputs(torch.float32), getattr(owner, name)
     calls = []
@@ -141,7 +145,7 @@ def test_an_interrupt_half_way_leaves_no_trace(
 
     def measure() -> None:
         with pytest.raises(KeyboardInterrupt):
-            empirical_ntk(model, inputs, forward=case.forward, engine="rows" if owner is RowsJacobian else "auto")
+            empirical_ntk(model, inputs, forward=case.forward, engine=engine)
 
     unchanged(model, measure)
 
@@ -293,7 +297,7 @@ class _Outer(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("engine", ["reference", "rows"])
+@pytest.mark.parametrize("engine", ["structured", "reference", "rows"])
 @pytest.mark.parametrize("name", WRAPS)
 def test_a_module_reached_through_an_object_is_followed(name: str, engine: Any) -> None:
     model, x = _Outer(WRAPS[name]), torch.randn(4, 3).double()
