@@ -7,6 +7,7 @@ timed; "check trace" asks for the kernel of the first samples of what was comput
 import contextlib
 import ctypes
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -68,11 +69,13 @@ def _first(kernel: Tensor, samples: int) -> list[Any]:
 
 def planned(method: str, workload: str, samples: int, outputs: str, device: str) -> dict[str, Any]:
     """Return the seconds and bytes that the planner expects of one of our engines, nothing for anything else."""
-    if method not in ENGINES or not hasattr(ntk, "plan"):
+    planner: Any = getattr(ntk, "plan", None)
+    if method not in ENGINES or planner is None:
         return {}
-    engine, _ = ENGINES[method]
-    plan: Any = ntk.plan(*problem(workload, samples, device), outputs=outputs, engine=engine)
-    return {"seconds": float(plan.seconds(engine)), "bytes": float(plan.bytes(engine))}
+    engine, dtype = ENGINES[method]
+    plan = planner(*problem(workload, samples, device), outputs=outputs, dtype=dtype)
+    seconds, size = float(plan.seconds(engine)), float(plan.bytes(engine))
+    return {"seconds": seconds, "bytes": size} if math.isfinite(seconds) else {}
 
 
 def _say(answer: dict[str, Any]) -> None:
