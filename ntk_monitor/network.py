@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -153,8 +154,11 @@ class Network:
     def raw(self, inputs: Batch) -> Tensor:
         """Return the outputs (N, ...) in the shape the module gives them, which is what a loss expects."""
         output = self._run(inputs)
-        for leaf in _leaves(output):
-            if id(leaf) in self._live:
+        for node in _nodes(output):
+            if node.name() == "CheckpointFunctionBackward":
+                raise NetworkError(_REENTRANT)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and id(leaf) in self._live:
                 raise NetworkError(
                     f"{type(self._module).__name__} reaches a parameter of shape {tuple(leaf.shape)} through an object "
                     "that is no module (a helper, a partial or a global); register it as a submodule"
@@ -174,7 +178,13 @@ class Network:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             # The last line of defence: a live module reached behind the shadow's back is refused before it runs.
             stack.callback(register_module_forward_pre_hook(self._refuse_live).remove)
+            uses: dict[bool, set[int]] = {True: set(), False: set()}
+            stack.callback(register_module_forward_pre_hook(lambda m, _: _note(m, uses)).remove)
+            heard = stack.enter_context(_heard("None of the inputs have requires_grad"))
             output = only_tensor(self._called(self._shadow.fresh(replaced), inputs))
+        # A reentrant checkpoint whose inputs require no gradient runs without gradients. Harmless around frozen layers.
+        if heard and not replaced and not {id(p) for p in self.parameters.values()} <= uses[True] - uses[False]:
+            raise NetworkError(_REENTRANT)
         samples = size(inputs)
         if output.dim() == 0 or output.shape[0] != samples:
             raise InputError(
@@ -309,15 +319,42 @@ def _named_tensors(raw: Any, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _leaves(output: Tensor) -> Iterator[Tensor]:
-    """Yield every leaf tensor that gradients of the output would reach."""
-    stack, seen = [output.grad_fn], set()
+def _nodes(output: Tensor) -> Iterator[Any]:
+    """Yield every node of the graph that gradients of the output would pass."""
+    stack: list[Any] = [output.grad_fn]
+    seen = set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            yield variable
+        yield node
         stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _note(module: nn.Module, uses: dict[bool, set[int]]) -> None:
+    """Note the parameters of a module that is called, by whether gradients are enabled; those of torch's own only.
+
+    Which of its parameters a module of the user's uses, and where, is not known.
+    """
+    if type(module).__module__.startswith("torch.nn."):
+        uses[torch.is_grad_enabled()] |= {id(p) for p in module._parameters.values() if p is not None}
+
+
+_REENTRANT = (
+    "parameters inside torch.utils.checkpoint with use_reentrant=True are out of reach of torch.autograd.grad; "
+    "pass use_reentrant=False"
+)
+
+
+@contextlib.contextmanager
+def _heard(message: str) -> Iterator[list[str]]:
+    """Yield a list that will hold the warnings that begin with `message`; show the others as they would be shown."""
+    heard: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message=message)
+        yield heard
+        heard += [str(w.message) for w in caught if str(w.message).startswith(message)]
+    for w in caught:
+        if not str(w.message).startswith(message):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
