@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ntk_monitor.history import load_history as load_history
     from ntk_monitor.kernel import empirical_ntk as empirical_ntk
     from ntk_monitor.monitor import Monitor as Monitor
+    from ntk_monitor.planner import Plan as Plan
+    from ntk_monitor.planner import plan as plan
     from ntk_monitor.probe import Probe as Probe
     from ntk_monitor.recipe import Recipe as Recipe
     from ntk_monitor.recorder import Recorder as Recorder
@@ -35,6 +37,7 @@ _HOMES = {
     "NTKOperator": "engines.operator",
     "NetworkError": "errors",
     "NumericsError": "errors",
+    "Plan": "planner",
     "Probe": "probe",
     "Recipe": "recipe",
     "Recorder": "recorder",
@@ -42,6 +45,7 @@ _HOMES = {
     "Spectrum": "spectrum",
     "empirical_ntk": "kernel",
     "load_history": "history",
+    "plan": "planner",
 }
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "NTKOperator",
     "NetworkError",
     "NumericsError",
+    "Plan",
     "Probe",
     "Recipe",
     "Recorder",
@@ -60,6 +65,7 @@ __all__ = [
     "Spectrum",
     "empirical_ntk",
     "load_history",
+    "plan",
 ]
 
 
