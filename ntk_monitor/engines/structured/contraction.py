@@ -5,12 +5,16 @@ gradients of this one layer in blocks, or from pairs of positions. Sums end in f
 in float32 over at most `_INNER` terms and are summed in float64: plain float32 sums of 1e5 terms were wrong by 1e-4.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ntk_monitor.engines.contract import Layout
-from ntk_monitor.engines.structured.costs import BLOCK_BYTES, Route, Sizes, route
+from ntk_monitor.engines.structured.costs import BLOCK_BYTES, LEAST_CHANNELS, Route, Sizes, route
 
 _INNER = 4096
 _SLAB = 2**20
@@ -74,8 +78,16 @@ class Gram:
         self.samples, self.columns, self.outputs = n, m, c
         sizes = {"full": (n, c, m, c), "trace": (n, m), "per_output": (c, n, m)}[layout]
         self.values = torch.zeros(sizes, dtype=torch.float64, device=device)
+        self._memory: Tensor | None = None
         # Rows of samples treated at a time where a temporary as large as the kernel would be made.
         self.step = max(1, -(-n // 8)) if layout == "full" else n
+
+    def buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory of this shape, the same each time; what was in it is lost."""
+        size = math.prod(shape)
+        if self._memory is None or self._memory.numel() < size or self._memory.dtype != like.dtype:
+            self._memory = like.new_empty(size)
+        return self._memory[:size].view(shape)
 
     def rows(self, a: Float[Tensor, "n c p"], b: Float[Tensor, "m c p"] | None, classes: slice) -> None:
         """Add the products of Jacobian rows of these outputs; `b` None: of `a` with itself."""
@@ -134,10 +146,29 @@ class Gram:
         view += found.view(view.shape)
 
 
+@dataclass(slots=True)
+class Factors:
+    """One side of a weight: gradients G (N, C, T, R), and inputs A (N, T, Q) made when they are needed.
+
+    `offsets`: G is padded to L rows, and J is one product for each of these shifted views of `padded` (N, ·, channels).
+    """
+
+    sizes: tuple[int, int, int]
+    """N, T, Q"""
+    channels: int
+    """R"""
+    classes: int
+    gradient: Callable[[], Tensor]
+    inputs: Callable[[], Tensor]
+    padded: Callable[[], Tensor] | None = None
+    padded_gradient: Callable[[], Tensor] | None = None
+    offsets: tuple[int, ...] = ()
+
+
 def contract(
     gram: Gram,
-    left: tuple[Tensor, Tensor],
-    right: tuple[Tensor, Tensor] | None,
+    left: Factors,
+    right: Factors | None,
     classes: slice,
     *,
     ones: bool = False,
@@ -148,28 +179,36 @@ def contract(
 
     Args:
         gram: where to.
-        left: (A (N, T, Q), G (N, C, T, R)) of the row samples.
-        right: the same of the column samples; None: the same samples.
-        classes: which outputs G is about.
+        left: of the row samples.
+        right: of the column samples; None: the same samples.
+        classes: which outputs the gradients are about.
         ones: the bias of the same operation is part of it (T = 1 only): A has one more column of ones.
         weight: (R, Q), square root of a diagonal preconditioner.
         made: A Aᵀ kept between calls for other outputs, by first row sample.
 
     Returns the way that was taken.
     """
-    (a, g), (b, h) = left, right or (None, None)
-    (n, t, q), (_, c, _, r) = a.shape, g.shape
-    sizes = Sizes(n, n if b is None else len(b), c, t, t if b is None else b.shape[1], q, r, gram.outputs)
-    way = "gradients" if weight is not None else route(sizes, gram.layout, gram.work, b is None)
+    other = right or left
+    (n, t, q), (m, s, _) = left.sizes, other.sizes
+    sizes = Sizes(n, m, left.classes, t, s, q, left.channels, gram.outputs)
+    way = "gradients" if weight is not None else route(sizes, gram.layout, gram.work, right is None)
+    made = {} if made is None else made
     if way == "hadamard":
-        w = product(a[:, 0], None if b is None else b[:, 0], gram.work)
-        gram.hadamard(w + 1 if ones else w, g[:, :, 0], None if h is None else h[:, :, 0], classes)
+        g = left.gradient()[:, :, 0]
+        if 0 not in made:
+            a = left.inputs()[:, 0]
+            made[0] = product(a, None if right is None else right.inputs()[:, 0], gram.work)
+        h = None if right is None else right.gradient()[:, :, 0]
+        gram.hadamard(made[0] + 1 if ones else made[0], g, h, classes)
     elif way == "pairs":
-        (_pairs_full if gram.layout == "full" else _pairs)(
-            gram, (a, g), right or (a, g), classes, {} if made is None else made
-        )
+        function = _pairs_full if gram.layout == "full" else _pairs
+        first = left.inputs(), left.gradient()
+        function(gram, first, first if right is None else (right.inputs(), right.gradient()), classes, made)
+    elif left.offsets and other.offsets:
+        _shifted(gram, left, right, classes, weight)
     else:
-        _gradients(gram, (a, g), right, classes, weight)
+        second = None if right is None else (right.inputs(), right.gradient())
+        _gradients(gram, (left.inputs(), left.gradient()), second, classes, weight)
     return way
 
 
@@ -179,28 +218,53 @@ def _gradients(
     """Form this layer's per-sample gradients, some output channels at a time so that they stay in cache."""
     (a, g), q = left, left[0].shape[2]
     n, c, _, r = g.shape
-    width = max(1, min(r, BLOCK_BYTES // (a.element_size() * n * c * q)))
-    width = -(-r // -(-r // width))
-    for start in range(0, r, width):
-        block = slice(start, min(start + width, r))
+    for block in _channels(r, a.element_size() * n * c * q):
         scale = None if weight is None else weight[block]
-        mine = per_sample(a, g[..., block], scale).flatten(2)
-        gram.rows(
-            mine, None if right is None else per_sample(right[0], right[1][..., block], scale).flatten(2), classes
-        )
+        mine = per_sample(a, g[..., block], scale, gram.buffer).flatten(2)
+        gram.rows(mine, None if right is None else per_sample(right[0], right[1][..., block], scale).flatten(2), classes)
+
+
+def _shifted(gram: Gram, left: Factors, right: Factors | None, classes: slice, weight: Tensor | None) -> None:
+    """The same for a convolution, one kernel element at a time."""
+    sides = []
+    for side in [left] if right is None else [left, right]:
+        assert side.padded is not None
+        assert side.padded_gradient is not None
+        sides.append((side.padded(), side.padded_gradient()))
+    x, g = sides[0]
+    n, c, _, r = g.shape
+    q = x.shape[2]
+    for block in _channels(r, x.element_size() * n * c * q):
+        for k in range(len(left.offsets)):
+            scale = None if weight is None else weight[block, k * q : (k + 1) * q]
+            found = []
+            for side, (x, g), memory in zip((left, right or left), sides, (gram.buffer, None), strict=False):
+                view = x[:, side.offsets[k] : side.offsets[k] + g.shape[2]]
+                found.append(per_sample(view, g[..., block], scale, memory).flatten(2))
+            gram.rows(found[0], found[1] if right is not None else None, classes)
+
+
+def _channels(r: int, bytes_per_channel: int) -> list[slice]:
+    """Return output channels in blocks whose gradients stay in cache."""
+    width = max(min(r, LEAST_CHANNELS), BLOCK_BYTES // bytes_per_channel)
+    width = -(-r // -(-r // min(r, width)))
+    return [slice(start, min(start + width, r)) for start in range(0, r, width)]
 
 
 def per_sample(
-    a: Float[Tensor, "n t q"], g: Float[Tensor, "n c t r"], weight: Tensor | None = None
+    a: Float[Tensor, "n t q"],
+    g: Float[Tensor, "n c t r"],
+    weight: Tensor | None = None,
+    buffer: Callable[[tuple[int, ...], Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "n c r q"]:
-    """Return J (N, C, R, Q), the gradients of the weight for every output of every sample."""
+    """Return J (N, C, R, Q), the gradients of the weight for every output of every sample.
+
+    `buffer`: (shape, like) → memory to write to; fresh memory of some MiB costs as much as the products, by page faults.
+    """
     n, c, t, r = g.shape
-    if c == 1:
-        single = g[:, 0]
-        found = torch.bmm(single.transpose(1, 2), a) if r <= a.shape[2] else torch.bmm(a.transpose(1, 2), single).mT
-    else:
-        found = torch.bmm(g.transpose(2, 3).reshape(n, c * r, t), a)
-    found = found.reshape(n, c, r, a.shape[2])
+    turned = g[:, 0].transpose(1, 2) if c == 1 else g.transpose(2, 3).reshape(n, c * r, t)
+    out = None if buffer is None else buffer((n, c * r, a.shape[2]), a)
+    found = torch.bmm(turned, a, out=out).view(n, c, r, a.shape[2])
     return found if weight is None else found * weight
 
 

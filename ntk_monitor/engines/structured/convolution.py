@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntk_monitor.engines.structured.operations import Matrix
+from ntk_monitor.engines.structured.operations import Matrix, Shifts
 from ntk_monitor.engines.structured.tap import Rule, Tap
 
 
@@ -40,6 +40,24 @@ def patches(
     )
     # Taking the whole last window at once lets the copy run over contiguous stretches.
     return x.as_strided(shape, strides, x.storage_offset()).reshape(len(x), *size, -1) if rank else x
+
+
+def _shifts(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], pads: Sequence[tuple[int, int]], dilation: Sequence[int]
+) -> Shifts | None:
+    """Return how to convolve by shifted views, for stride 1 in two dimensions and a kernel of more than one element."""
+    if len(kernel) != 2 or tuple(stride) != (1, 1) or tuple(kernel) == (1, 1):
+        return None
+    (top, bottom), (left, right) = pads
+    width = x.shape[3] + left + right
+    height = x.shape[2] + top + bottom - dilation[0] * (kernel[0] - 1)
+    offsets = tuple(i * dilation[0] * width + j * dilation[1] for i in range(kernel[0]) for j in range(kernel[1]))
+
+    def padded() -> Tensor:
+        # One more row: the views of the last kernel columns reach a little further than the input.
+        return F.pad(x.movedim(1, -1), (0, 0, left, right, top, bottom + 1)).flatten(1, 2)
+
+    return Shifts(padded, offsets, height, width, x.shape[1])
 
 
 def _pads(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
@@ -96,6 +114,7 @@ def _forward(function: Callable[..., Tensor], rank: int) -> Rule:
             back=back,
             groups=groups,
             weight=tap.source(weight) is not None,
+            shifts=_shifts(x, kernel, strides, pads, dilations) if groups == 1 else None,
         )
         tap.operations.append(operation)
         return y
@@ -150,6 +169,7 @@ def _transposed(function: Callable[..., Tensor], rank: int) -> Rule:
             back=back,
             turned=turned,
             weight=tap.source(weight) is not None,
+            places=(len(x), *size),
         )
         tap.operations.append(operation)
         return y

@@ -13,8 +13,11 @@ from ntk_monitor.engines.contract import Layout
 
 Route: TypeAlias = Literal["hadamard", "gradients", "pairs"]
 
-BLOCK_BYTES = 24 * 2**20
+BLOCK_BYTES = 2 * 2**20
 """Per-sample gradients of one layer are formed and consumed in blocks of this size, which stay in the last cache."""
+
+LEAST_CHANNELS = 64
+"""... but of no fewer output channels, since each block reads all inputs of the layer again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +38,16 @@ class Sizes:
 class Rates:
     """Multiply-adds per second by kind of product."""
 
-    backward: float = 40e9
-    gradients: float = 20e9
-    gram: float = 20e9
-    gram64: float = 6e9
-    pairs: float = 35e9
-    pairs64: float = 12e9
-    elementwise: float = 1.2e9
+    gradients: float = 33e9
+    gram: float = 28e9
+    gram64: float = 7e9
+    pairs: float = 33e9
+    pairs64: float = 13e9
+    elementwise: float = 0.4e9
 
 
 CPU = Rates()
-CUDA = Rates(2e13, 1e13, 1e13, 1e13, 1e13, 1e13, 3e11)
+CUDA = Rates(1e13, 1e13, 1e13, 1e13, 1e13, 3e11)
 
 
 def rates(device: torch.device | str) -> Rates:

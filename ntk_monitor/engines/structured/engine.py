@@ -17,13 +17,16 @@ from ntk_monitor.batch import Batch, size, take, tensors
 from ntk_monitor.engines.contract import Layout
 from ntk_monitor.engines.structured import samples
 from ntk_monitor.engines.structured.operations import Matrix, Table, Value, scattered
-from ntk_monitor.engines.structured.contraction import Gram, contract
+from ntk_monitor.engines.structured.contraction import Factors, Gram, contract
 from ntk_monitor.engines.structured.rules import RULES, otherwise
 from ntk_monitor.engines.structured.tap import Operation, Source, Tap, UnfollowedError, reached
 from ntk_monitor.network import Network
 
-_KEPT_BYTES = 192 * 2**20
+_KEPT_BYTES = 256 * 2**20
 """Inputs of convolutions, laid out as matrices, that are kept from one output to the next."""
+
+_STACKED_BYTES = 2**20
+"""Gradients of all outputs are treated together below this size."""
 
 
 class CoupledError(UnfollowedError):
@@ -344,17 +347,15 @@ class _Job:
         self._outputs = sides[0].y.shape[1]
         self._grams: dict[str, Gram] = {}
         self._routes: dict[str, str] = {}
+        self._keeps: dict[int, bool] = {}
+        self._promised: dict[int, int] = {}
 
     def run(self) -> tuple[dict[str, Tensor], list[Line]]:
         units = self._units()
         side = self._sides[0]
-        flat = all(
-            not isinstance(o, Matrix) or o.outs[0].shape[0] * len(o.outs[0].shape) == len(s.y) * 2
-            for s in self._sides
-            for o in s.operations
-        )
-        whole = self._layout == "full" or (flat and not side.attached)
-        step = self._outputs if whole else 1
+        # Gradients of all outputs at once where they are small, for the sake of few calls.
+        stacked = self._layout == "full" or (not side.attached and _needed(side, "full") <= _STACKED_BYTES)
+        step = self._outputs if stacked else 1
         for name in self._network.parameters:
             self._gram(name)
         for start in range(0, self._outputs, step):
@@ -479,30 +480,58 @@ class _Job:
         offset = source.storage_offset() - root.storage_offset()
         return operation.matrix(i, diagonal.as_strided(source.shape, source.stride(), offset))
 
-    def _factors(self, side: Side, gradients: list[list[Tensor | None]], unit: _Unit) -> tuple[Tensor, Tensor] | None:
-        parts = []
-        for k, i in unit.uses:
-            operation = side.operations[k]
+    def _factors(self, side: Side, gradients: list[list[Tensor | None]], unit: _Unit) -> Factors | None:
+        uses = []
+        for k, _ in unit.uses:
+            operation, g = side.operations[k], gradients[k][0]
             assert isinstance(operation, Matrix)
-            g = gradients[k][0]
-            if g is None:
-                continue
-            a = self._inputs(side, k, operation)
-            parts.append((a, operation.gradient(g).to(a.dtype)))
-        if not parts:
+            if g is not None:
+                uses.append((k, operation, g))
+        if not uses:
             return None
+        parts = [self._part(side, *use) for use in uses]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([a for a, _ in parts], 1), torch.cat([g for _, g in parts], 2)
+        n, _, q = parts[0].sizes
+        return Factors(
+            (n, sum(p.sizes[1] for p in parts), q),
+            parts[0].channels,
+            parts[0].classes,
+            gradient=lambda: torch.cat([p.gradient() for p in parts], 2),
+            inputs=lambda: torch.cat([p.inputs() for p in parts], 1),
+        )
 
-    def _inputs(self, side: Side, k: int, operation: Matrix) -> Tensor:
+    def _part(self, side: Side, k: int, operation: Matrix, g: Tensor) -> Factors:
+        dtype, (n, t, q, r) = operation.dtype, operation.sizes()
+        part = Factors(
+            (n, t, q),
+            r,
+            len(g),
+            gradient=lambda: operation.gradient(g).to(dtype),
+            inputs=lambda: self._kept(side, k, operation.arranged_inputs),
+        )
+        shifts = operation.shifts
+        # Patches are quicker, but only as long as they need not be made again for each output.
+        if shifts is not None and not self._room(side, k, n * t * q * dtype.itemsize):
+            part.padded = lambda: self._kept(side, k, shifts.padded)
+            part.padded_gradient = lambda: shifts.gradient(g).to(dtype)
+            part.offsets = shifts.offsets
+        return part
+
+    def _room(self, side: Side, k: int, wanted: int) -> bool:
+        """True when inputs of so many bytes are kept already, or may be."""
+        if k not in self._keeps:
+            self._keeps[k] = self._layout != "full" and sum(self._promised.values()) + wanted <= _KEPT_BYTES
+            self._promised[k] = wanted if self._keeps[k] else 0
+        return self._keeps[k]
+
+    def _kept(self, side: Side, k: int, make: Callable[[], Tensor]) -> Tensor:
+        """Return inputs in the form that products take, kept from one output to the next while memory allows."""
         if k in side.kept:
             found: Tensor = side.kept[k]
             return found
-        a = operation.inputs(0)
-        assert a is not None
-        kept = sum(t.numel() * t.element_size() for key, t in side.kept.items() if key >= 0)
-        if self._layout != "full" and kept + a.numel() * a.element_size() <= _KEPT_BYTES:
+        a = make()
+        if self._room(side, k, a.numel() * a.element_size()):
             side.kept[k] = a
         return a
 

@@ -6,6 +6,7 @@ matrix. g are gradients (C, *output shape), J is (N, C, number of elements of th
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ntk_monitor.engines.structured.contraction import per_sample
-from ntk_monitor.engines.structured.samples import Axis
+from ntk_monitor.engines.structured.samples import Axis, Owners
 from ntk_monitor.engines.structured.tap import Operation, Out, Source
 
 
@@ -59,6 +60,34 @@ def owners_of(out: Out, device: torch.device) -> Tensor:
     return owner.reshape(full).expand(out.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Shifts:
+    """A convolution of stride 1 as one product per kernel element, on shifted views of the padded input: no patches.
+
+    Attributes:
+        padded: () → input with zeros around it, (N, at least L + the largest offset, channels), rows behind each other.
+        offsets: where the view of each kernel element starts.
+        height, width: rows of the output, and the length of a padded row; L = height · width.
+        channels: of the input.
+    """
+
+    padded: Callable[[], Tensor]
+    offsets: tuple[int, ...]
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.height * self.width
+
+    def gradient(self, g: Tensor) -> Tensor:
+        """Return g (C, N, R, height, columns) as (N, C, L, R), zero where a row is only padding."""
+        turned = F.pad(g.permute(1, 0, 3, 4, 2), (0, 0, 0, self.width - g.shape[-1]))
+        return turned.flatten(2, 3)
+
+
 class Matrix(Operation):
     """A weight that enters as a matrix (R, Q): y = Σ_q W[r, q] a[q] at every position, plus an optional bias.
 
@@ -67,6 +96,9 @@ class Matrix(Operation):
         turned: output gradient (C, *shape) → (C, positions..., R); None: the output's own channel.
         matrix: tensor of the weight's shape → (R, Q) view of it; `back` undoes it for (N, C, R, Q).
         groups: the weight is this many blocks, each with its own part of inputs and outputs.
+        weight: the first source is the matrix; False: it is not among the sources, only the bias is.
+        shifts: the form without patches of a convolution.
+        places: sizes of the positions, where they are not those of the output.
     """
 
     def __init__(
@@ -82,23 +114,45 @@ class Matrix(Operation):
         turned: Callable[[Tensor], Tensor] | None = None,
         groups: int = 1,
         weight: bool = True,
-        swapped: bool = False,
+        shifts: Shifts | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
         super().__init__(name, sources, [out], kept)
         self._activations, self._matrix, self._back, self._turned = activations, matrix, back, turned
-        self.groups, self._weight, self._swapped = groups, weight, swapped
+        self.groups, self._weight, self._shifts, self._places = groups, weight, shifts, places
 
     def is_weight(self, index: int) -> bool:
         """True for the matrix, False for the bias."""
         return self._weight and index == 0
 
-    def inputs(self, index: int) -> Tensor | None:
-        if not self.is_weight(index):
-            return None
+    def arranged_inputs(self) -> Tensor:
+        """Return A (N, T, Q)."""
         a = self._activations()
         layout = self.outs[0].layout
         assert layout is not None
         return layout.arranged(a, 0, a.dim() - 1)
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Return N, T, Q, R."""
+        out, value = self.outs[0], self.sources[0].value.detach()
+        assert out.layout is not None
+        r, q = self._matrix(value).shape
+        places = self._places if self._places is not None else [s for d, s in enumerate(out.shape) if d not in out.channels]
+        n = out.layout.count
+        t = out.layout.index.shape[1] if isinstance(out.layout, Owners) else math.prod(places) // n
+        return n, t, q, r
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What autograd would multiply in: the dtype of the input."""
+        return self._kept[0][0].dtype
+
+    @property
+    def shifts(self) -> Shifts | None:
+        """How to do without patches, where every image is a sample."""
+        layout = self.outs[0].layout
+        plain = isinstance(layout, Axis) and layout.axis == 0 and layout.count == self.outs[0].shape[0]
+        return self._shifts if plain else None
 
     def gradient(self, g: Tensor) -> Tensor:
         """Return G (N, C, T, R)."""
@@ -109,14 +163,6 @@ class Matrix(Operation):
         assert out.layout is not None
         return out.layout.arranged(turned, 1, turned.dim() - 2)
 
-    def factors(self, index: int, gradients: list[Tensor | None]) -> tuple[Tensor, Tensor] | None:
-        g = gradients[0]
-        if not self.is_weight(index) or self.groups > 1 or g is None:
-            return None
-        a = self.inputs(index)
-        assert a is not None
-        return a, self.gradient(g).to(a.dtype)
-
     def matrix(self, index: int, value: Tensor) -> Tensor:
         return self._matrix(value)
 
@@ -125,9 +171,8 @@ class Matrix(Operation):
         assert g is not None
         if not self.is_weight(index):
             return self.outs[0].arranged(g).sum(2)
-        a, d = self.inputs(index), self.gradient(g)
-        assert a is not None
-        d = d.to(a.dtype)
+        a, d = self.arranged_inputs(), self.gradient(g)
+        a, d = a.to(self.dtype), d.to(self.dtype)
         if self.groups == 1:
             found = per_sample(a, d)
         else:

@@ -129,8 +129,14 @@ def _affine(
     shapes = [(s.value.shape[0], *[1] * (y.dim() - 2)) if per_channel else s.value.shape for s in sources]
     scaled = tap.source(weight) is not None
 
+    made: list[Tensor] = []
+
     def slope(index: int, g: Tensor) -> Tensor:
-        return g * standard().to(g.dtype) if scaled and index == 0 else g
+        if not scaled or index > 0:
+            return g
+        if not made:
+            made.append(standard())
+        return g * made[0].to(g.dtype)
 
     tap.operations.append(Elementwise(name, sources, tap.out(y), [x], slope=slope, shapes=shapes))
     return y

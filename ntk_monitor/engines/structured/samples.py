@@ -100,12 +100,6 @@ def axis_layout(first: Tensor, second: Tensor, channels: Sequence[int], scale: T
     """
     samples = len(scale)
     positions = [d for d in range(first.dim()) if d not in channels]
-    if samples == 1:
-        return None
-    size = first.abs()
-    peak, other = (t.amax(channels, keepdim=True) if channels else t for t in (size, second.abs()))
-    tiny = torch.finfo(first.dtype).tiny
-    tolerance = _ULPS * torch.finfo(first.dtype).eps
     for index, d in enumerate(positions):
         length = first.shape[d]
         if length % samples:
@@ -113,11 +107,19 @@ def axis_layout(first: Tensor, second: Tensor, channels: Sequence[int], scale: T
         for strided in (False, True)[: 1 + (length > samples)]:
             along = scale.repeat(length // samples) if strided else scale.repeat_interleave(length // samples)
             along = along.to(first.dtype).view(*(length if k == d else 1 for k in range(first.dim())))
-            if not bool(((other - peak * along).abs() <= tolerance * peak * along + tiny * along).all()):
-                continue
-            if not channels or bool(((second - first * along).abs() <= tolerance * peak * along + tiny * along).all()):
+            scaled = first * along
+            if torch.equal(scaled, second) or _close(scaled, second, along, channels):
                 return Axis(index, samples, strided)
     return None
+
+
+def _close(scaled: Tensor, second: Tensor, along: Tensor, channels: Sequence[int]) -> bool:
+    """True when two gradients agree up to rounding, measured by the largest channel at each position."""
+    peak = scaled.abs()
+    if channels:
+        peak = peak.amax(tuple(channels), keepdim=True)
+    bound = peak * (_ULPS * torch.finfo(scaled.dtype).eps) + along * torch.finfo(scaled.dtype).tiny
+    return bool(((second - scaled).abs_() <= bound).all())
 
 
 def owners(first: Tensor, passes: Sequence[Tensor], channels: Sequence[int], samples: int, base: int) -> Owners | None:

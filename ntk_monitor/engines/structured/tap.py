@@ -99,16 +99,8 @@ class Operation:
         """Return J (N, C, size of the source) from gradients (C, *shape) of the outputs."""
         raise NotImplementedError
 
-    def factors(self, index: int, gradients: list[Tensor | None]) -> tuple[Tensor, Tensor] | None:
-        """Return A (N, T, Q) and G (N, C, T, R) when the source enters as one matrix (R, Q), else None."""
-        return None
-
-    def inputs(self, index: int) -> Tensor | None:
-        """Return A alone, when it does not depend on the gradients and is worth keeping between outputs."""
-        return None
-
     def matrix(self, index: int, value: Tensor) -> Tensor:
-        """Return a tensor of the source's shape as the matrix (R, Q) of `factors`."""
+        """Return a tensor of the source's shape as the matrix (R, Q) that its inputs are multiplied by."""
         raise NotImplementedError
 
 
