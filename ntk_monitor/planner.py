@@ -175,9 +175,10 @@ def plan(  # noqa: PLR0913 - the public door
     Cost: one forward pass over the batch and two backward passes. One more forward pass where the structured engine
     stops in the middle of the first, or where gradients of all operations exceed `memory_limit`.
 
-    Accuracy: within 30 % on five workloads of the benchmark, with two cores; elsewhere an order of magnitude. Not
-    included: the comparison with autograd when an engine first meets a model, which takes a few passes more, and may
-    overrule the choice. "reference" and "operator" are only taken when asked for; whether they refuse is not tried.
+    Accuracy: meant to be within 30 % on five workloads of the benchmark, with two cores; elsewhere an order of
+    magnitude. Not included: the comparison with autograd when an engine first meets a model, which takes a few passes
+    more and may overrule the choice. "reference" and "operator" are only taken when asked for; whether they refuse is
+    not tried.
 
     Raises:
         InputError: as `empirical_ntk`: empty or inconsistent batches, no single floating output, unknown options.
@@ -328,7 +329,9 @@ class _Planner:
         self._n = self._seen = size(inputs)  # seen: by the meter
 
     def plan(self, mode: Mode) -> Plan:
-        side, reason = self._followed() if mode == "eval" else (None, "training mode may couple the samples of a batch")
+        side, reason = (
+            self._followed() if mode != "train" else (None, "training mode may couple the samples of a batch")
+        )
         problem = ""
         if side is None:
             self._meter.steps.clear()
