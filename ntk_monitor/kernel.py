@@ -18,7 +18,8 @@ from ntk_monitor.engines.contract import Jacobian, Layout, gram
 from ntk_monitor.engines.operator import NTKOperator
 from ntk_monitor.engines.reference import ReferenceJacobian
 from ntk_monitor.engines.rows import RowsJacobian
-from ntk_monitor.engines.structured.engine import Line, structured_blocks
+from ntk_monitor.engines.structured.blocks import structured_blocks
+from ntk_monitor.engines.structured.engine import Line
 from ntk_monitor.engines.structured.tap import UnfollowedError
 from ntk_monitor.errors import InputError, NetworkError, NTKMonitorError
 from ntk_monitor.guard import undisturbed

@@ -84,6 +84,6 @@ def structured_disagreement(network: Network, inputs: Batch) -> str:
     if worst <= _TOLERANCE[8 if network.dtype.itemsize == 8 else 4]:
         return ""
     return (
-        f"the kernel of {culprit.parameter} ({', '.join(culprit.operations) or 'no operation'}) differs from autograd's "
-        f"by {worst:.1e} of the whole"
+        f"the kernel of {culprit.parameter} ({', '.join(culprit.operations) or 'no operation'}) "
+        f"differs from autograd's by {worst:.1e} of the whole"
     )

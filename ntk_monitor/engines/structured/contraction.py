@@ -1,8 +1,8 @@
 """Contractions. A use of a weight has inputs A (N, T, Q) and output gradients G (N, C, T, R): J[n, c] = Σ_t G_t ⊗ A_t.
 
 Three ways to the same kernel: from the products of inputs and of gradients where T = 1 (Hadamard), from the per-sample
-gradients of this one layer in blocks, or from pairs of positions. Sums end in float64. With `work` float32, products run
-in float32 over at most `_INNER` terms and are summed in float64: plain float32 sums of 1e5 terms were wrong by 1e-4.
+gradients of this one layer in blocks, or from pairs of positions. Sums end in float64. With `work` float32, products
+run in float32 over at most `_INNER` terms and are summed in float64: plain float32 sums of 1e5 terms were wrong by 1e-4.
 """
 
 import math
@@ -165,7 +165,7 @@ class Factors:
     offsets: tuple[int, ...] = ()
 
 
-def contract(
+def contract(  # noqa: PLR0913 - one weight
     gram: Gram,
     left: Factors,
     right: Factors | None,
@@ -221,7 +221,9 @@ def _gradients(
     for block in _channels(r, a.element_size() * n * c * q):
         scale = None if weight is None else weight[block]
         mine = per_sample(a, g[..., block], scale, gram.buffer).flatten(2)
-        gram.rows(mine, None if right is None else per_sample(right[0], right[1][..., block], scale).flatten(2), classes)
+        gram.rows(
+            mine, None if right is None else per_sample(right[0], right[1][..., block], scale).flatten(2), classes
+        )
 
 
 def _shifted(gram: Gram, left: Factors, right: Factors | None, classes: slice, weight: Tensor | None) -> None:
@@ -259,7 +261,7 @@ def per_sample(
 ) -> Float[Tensor, "n c r q"]:
     """Return J (N, C, R, Q), the gradients of the weight for every output of every sample.
 
-    `buffer`: (shape, like) → memory to write to; fresh memory of some MiB costs as much as the products, by page faults.
+    `buffer`: (shape, like) → memory to write to; fresh memory of some MiB would cost as much as the products.
     """
     n, c, t, r = g.shape
     turned = g[:, 0].transpose(1, 2) if c == 1 else g.transpose(2, 3).reshape(n, c * r, t)

@@ -88,7 +88,7 @@ def _forward(function: Callable[..., Tensor], rank: int) -> Rule:
         strides, dilations = _tuple(stride, rank), _tuple(dilation, rank)
         pads = _pads(padding, kernel, dilations)
         leaf = not input.requires_grad
-        y = function(input, tap.alias(weight, leaf), tap.alias(bias, leaf), stride, padding, dilation, groups)
+        y: Tensor = function(input, tap.alias(weight, leaf), tap.alias(bias, leaf), stride, padding, dilation, groups)
         x, channels = input.detach(), weight.shape[1]
 
         def activations() -> Tensor:
@@ -98,7 +98,8 @@ def _forward(function: Callable[..., Tensor], rank: int) -> Rule:
             return found
 
         def matrix(w: Tensor) -> Tensor:
-            return w.movedim(1, -1).flatten(1)
+            found: Tensor = w.movedim(1, -1).flatten(1)
+            return found
 
         def back(found: Tensor) -> Tensor:
             return found.unflatten(-1, (*kernel, channels)).movedim(-1, 3)
@@ -143,7 +144,7 @@ def _transposed(function: Callable[..., Tensor], rank: int) -> Rule:
         pads = [(p, p) for p in _tuple(padding, rank)]
         leaf = not input.requires_grad
         aliases = tap.alias(weight, leaf), tap.alias(bias, leaf)
-        y = function(input, *aliases, stride, padding, output_padding, groups, dilation)
+        y: Tensor = function(input, *aliases, stride, padding, output_padding, groups, dilation)
         x, size = input.detach(), input.shape[2:]
 
         def turned(g: Tensor) -> Tensor:
@@ -153,7 +154,8 @@ def _transposed(function: Callable[..., Tensor], rank: int) -> Rule:
             return found.unflatten(0, g.shape[:2])
 
         def matrix(w: Tensor) -> Tensor:
-            return w.movedim(1, -1).flatten(1).T
+            found: Tensor = w.movedim(1, -1).flatten(1).T
+            return found
 
         def back(found: Tensor) -> Tensor:  # (N, C, R = kernel × Co, Q = Ci)
             return found.transpose(2, 3).unflatten(-1, (*kernel, weight.shape[1])).movedim(-1, 3)

@@ -1,7 +1,7 @@
 """What a contraction costs, from shapes alone: the choice of route, and the planner's seconds.
 
 The choice is never timed at run time: a resumed run must take the same route to the last bit. Rates are multiply-adds
-per second of one process with two CPU cores (AVX-512), measured with torch 2.13; only their ratios matter for the choice.
+per second on the CPU (AVX-512), measured with torch 2.13; only their ratios matter for the choice.
 """
 
 from dataclasses import dataclass

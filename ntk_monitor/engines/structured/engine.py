@@ -4,22 +4,20 @@ Memory: the activations of one forward pass, their gradients for one output (all
 networks without positions), and one layer's blocks. Never a Jacobian of the whole network.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ntk_monitor.batch import Batch, size, take, tensors
+from ntk_monitor.batch import Batch, size
 from ntk_monitor.engines.contract import Layout
-from ntk_monitor.engines.structured import samples
-from ntk_monitor.engines.structured.operations import Matrix, Table, Value, scattered
 from ntk_monitor.engines.structured.contraction import Factors, Gram, contract
-from ntk_monitor.engines.structured.rules import RULES, otherwise
-from ntk_monitor.engines.structured.tap import Operation, Source, Tap, UnfollowedError, reached
+from ntk_monitor.engines.structured.operations import Matrix, Table, scattered
+from ntk_monitor.engines.structured.recording import SharedValueError, Side, located, needed, recorded, stacked
+from ntk_monitor.engines.structured.tap import Operation, Source, UnfollowedError
 from ntk_monitor.network import Network
 
 _KEPT_BYTES = 256 * 2**20
@@ -27,10 +25,6 @@ _KEPT_BYTES = 256 * 2**20
 
 _STACKED_BYTES = 2**20
 """Gradients of all outputs are treated together below this size."""
-
-
-class CoupledError(UnfollowedError):
-    """Samples of the batch depend on each other, so there is no per-sample gradient inside an operation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,152 +36,11 @@ class Line:
     route: str
 
 
-@dataclass(slots=True)
-class Side:
-    """One batch: its outputs, what was recorded, and which parameters were missed."""
-
-    y: Tensor
-    operations: list[Operation]
-    attached: list[str]
-    kept: dict[int, Any] = field(default_factory=dict)
-    gradients: list[list[Tensor | None]] = field(default_factory=list)
-
-
-def recorded(network: Network, inputs: Batch, *, values: bool = True) -> Side:
-    """Run the network once under the tap.
-
-    Raises:
-        UnfollowedError: the forward pass does what interception cannot see through.
-    """
-    tap = Tap(network.parameters, RULES, otherwise)
-    tap.moves = values
-    tap.mark(tensors(inputs))
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), tap:
-        y = network.outputs(inputs)
-    tap.check()
-    if any(p.is_complex() for p in network.parameters.values()):
-        raise UnfollowedError("complex parameters")
-    attached = reached(y, network.parameters) if y.requires_grad else []
-    return Side(y, tap.operations, attached)
-
-
-def located(side: Side) -> None:
-    """Find the samples in every operation's output; forget operations that the outputs do not depend on.
-
-    The first of the two backward passes is that of the first output, whose gradients are kept for the kernel. Where
-    that output does not reach an operation, two passes with a random combination of all outputs follow.
-
-    Raises:
-        CoupledError: samples depend on each other.
-    """
-    y = side.y
-    if not y.requires_grad:
-        side.operations = []
-        return
-    u = torch.zeros_like(y)
-    u[:, 0] = 1
-    first = _backward(side, u)
-    if len(y) == 1:
-        for operation in side.operations:
-            for out in operation.outs:
-                out.layout = samples.everything([s for d, s in enumerate(out.shape) if d not in out.channels], y.device)
-    else:
-        _lay_out(side, u, first)
-    side.gradients = first
-
-
-def _lay_out(side: Side, u: Tensor, first: list[list[Tensor | None]]) -> None:
-    scale = _scale(side, first)
-    second = _backward(side, scale[:, None] * u)
-    missing = []
-    for k, operation in enumerate(side.operations):
-        for j, out in enumerate(operation.outs):
-            a, b = first[k][j], second[k][j]
-            if a is not None and b is not None and a.numel() and bool(a.any()):
-                out.layout = samples.axis_layout(a, b, out.channels, scale)
-            if out.layout is None:
-                missing.append((k, j))
-        second[k] = []
-    if missing:
-        _search(side, missing)
-
-
-def _scale(side: Side, gradients: list[list[Tensor | None]], digit: int | None = None) -> Tensor:
-    # The narrowest dtype inside decides how many powers of two there are.
-    half = any(g is not None and g.dtype == torch.float16 for part in gradients for g in part)
-    return samples.scales(len(side.y), torch.float16 if half else side.y.dtype, side.y.device, digit).to(side.y.dtype)
-
-
-def _search(side: Side, missing: list[tuple[int, int]]) -> None:
-    """Find the samples where the first output did not tell, or where they do not lie along an axis."""
-    y = side.y
-    generator = torch.Generator().manual_seed(1)
-    u = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-    first = _backward(side, u)
-    scale = _scale(side, first)
-    second = _backward(side, scale[:, None] * u)
-    base = 8 if bool(scale.max() < 2**8) and len(y) > 8 else 16
-    passes: list[list[list[Tensor | None]]] = []
-    for k, j in missing:
-        operation, a, b = side.operations[k], first[k][j], second[k][j]
-        out = operation.outs[j]
-        if a is None or b is None or not a.numel():
-            continue
-        out.layout = samples.axis_layout(a, b, out.channels, scale)
-        if out.layout is None:
-            if not passes:
-                count = samples.digits(len(y), base)
-                passes = [_backward(side, _scale(side, first, digit)[:, None] * u) for digit in range(count)]
-            one = [found for p in passes if (found := p[k][j]) is not None]
-            out.layout = samples.owners(a, one, out.channels, len(y), base)
-        if out.layout is None:
-            name = ", ".join(dict.fromkeys(p for s in operation.sources for p in s.parameters))
-            kind = _SharedValueError if isinstance(operation, Value) else CoupledError
-            raise kind(f"samples of the batch depend on each other in {operation.name} ({name})")
-
-
-class _SharedValueError(UnfollowedError):
-    """A tapped source is shared by the samples; its parameters have to stay attached."""
-
-
-def _backward(side: Side, cotangent: Tensor) -> list[list[Tensor | None]]:
-    """Return the gradient of every output of every operation for one cotangent (N, C)."""
-    edges = [out.edge for operation in side.operations for out in operation.outs]
-    if not edges:
-        return []
-    found = iter(torch.autograd.grad(side.y, edges, cotangent, retain_graph=True, allow_unused=True))
-    return [
-        [None if (g := next(found)) is None else g.reshape(out.shape) for out in operation.outs]
-        for operation in side.operations
-    ]
-
-
-def _stacked(side: Side, classes: range) -> list[list[Tensor | None]]:
-    """Return gradients (C', *shape) for these outputs; operations without samples have none."""
-    result: list[list[Tensor | None]] = [[None] * len(o.outs) for o in side.operations]
-    for i, c in enumerate(classes):
-        cotangent = torch.zeros_like(side.y)
-        cotangent[:, c] = 1
-        ready, side.gradients = (side.gradients, []) if c == 0 else ([], side.gradients)
-        for k, part in enumerate(ready or _backward(side, cotangent)):
-            for j, g in enumerate(part):
-                if g is None or side.operations[k].outs[j].layout is None:
-                    continue
-                if len(classes) == 1:
-                    result[k][j] = g[None]
-                    continue
-                stack = result[k][j]
-                if stack is None:
-                    stack = result[k][j] = g.new_zeros(len(classes), *g.shape)
-                stack[i] = g
-    return result
-
-
 class TooLargeError(UnfollowedError):
     """The gradients of these samples do not fit into the memory limit; fewer samples at a time may."""
 
 
-def structured_gram(
+def structured_gram(  # noqa: PLR0913 - one kernel
     network: Network,
     inputs: Batch,
     other: Batch | None,
@@ -216,11 +69,11 @@ def structured_gram(
     sides = []
     for batch in [inputs] if other is None else [inputs, other]:
         side = recorded(network, batch)
-        if memory_limit is not None and (needed := _needed(side, layout)) > memory_limit:
-            raise TooLargeError(f"gradients of activations take {needed / 2**20:.0f} MiB")
+        if memory_limit is not None and (wanted := needed(side, layout)) > memory_limit:
+            raise TooLargeError(f"gradients of activations take {wanted / 2**20:.0f} MiB")
         try:
             located(side)
-        except _SharedValueError:
+        except SharedValueError:
             side = recorded(network, batch, values=False)
             located(side)
         sides.append(side)
@@ -229,93 +82,6 @@ def structured_gram(
             raise UnfollowedError("the two batches take different paths through the network")
     job = _Job(network, sides, layout, group, scale, work, (size(inputs), size(inputs if other is None else other)))
     return job.run()
-
-
-def _needed(side: Side, layout: Layout) -> int:
-    """Return the bytes of the gradients that are held at a time."""
-    one = sum(math.prod(out.shape) for operation in side.operations for out in operation.outs) * side.y.element_size()
-    return one * (side.y.shape[1] + 1 if layout == "full" else 2)
-
-
-def structured_blocks(
-    network: Network,
-    inputs: Batch,
-    other: Batch | None,
-    layout: Layout,
-    *,
-    group: Callable[[str], str],
-    scale: Mapping[str, Tensor],
-    work: torch.dtype = torch.float64,
-    memory_limit: int,
-) -> tuple[dict[str, Tensor], list[Line]]:
-    """Return what `structured_gram` does, in blocks of samples where the whole does not fit into memory.
-
-    Twice as many blocks each time that one does not fit the limit, or that memory runs out all the same. Blocks that
-    are not on the diagonal repeat the backward passes of both of their sides.
-    """
-    n, m = size(inputs), size(inputs if other is None else other)
-    count = 1
-    while True:
-        try:
-            return _blocks(network, inputs, other, layout, (n, m, count), group, scale, work, memory_limit)
-        except (TooLargeError, MemoryError, RuntimeError) as error:
-            if count >= max(n, m) or not (isinstance(error, TooLargeError) or _out_of_memory(error)):
-                raise
-            count *= 2
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, kinds) or "allocate memory" in str(error) or "out of memory" in str(error).lower()
-
-
-def _blocks(  # noqa: PLR0913 - one call, taken apart
-    network: Network,
-    inputs: Batch,
-    other: Batch | None,
-    layout: Layout,
-    sizes: tuple[int, int, int],
-    group: Callable[[str], str],
-    scale: Mapping[str, Tensor],
-    work: torch.dtype,
-    memory_limit: int,
-) -> tuple[dict[str, Tensor], list[Line]]:
-    n, m, count = sizes
-
-    def gram(a: Batch, b: Batch | None) -> tuple[dict[str, Tensor], list[Line]]:
-        # A single sample has to be done whatever it takes.
-        limit = memory_limit if count < max(n, m) else None
-        return structured_gram(network, a, b, layout, group=group, scale=scale, work=work, memory_limit=limit)
-
-    if count == 1:
-        return gram(inputs, other)
-    whole: dict[str, Tensor] = {}
-    lines: list[Line] = []
-    rows, cols = _parts(n, count), _parts(m, count)
-    sample = {"full": 2, "trace": 1, "per_output": 2}[layout]
-    for i, r in enumerate(rows):
-        for c in cols[: i + 1] if other is None else cols:
-            same = other is None and r == c
-            found, lines = gram(take(inputs, r), None if same else take(inputs if other is None else other, c))
-            for key, block in found.items():
-                if key not in whole:
-                    outputs = block.shape[0 if layout == "per_output" else 1]
-                    shape = {"full": (n, outputs, m, outputs), "trace": (n, m), "per_output": (outputs, n, m)}[layout]
-                    whole[key] = block.new_zeros(shape)
-                view = whole[key].movedim(1, 0) if layout == "per_output" else whole[key]
-                turned = block.movedim(1, 0) if layout == "per_output" else block
-                index: list[Any] = [slice(None)] * view.dim()
-                index[0], index[sample] = r, c
-                view[tuple(index)] = turned
-                if other is None and not same:
-                    index[0], index[sample] = c, r
-                    view[tuple(index)] = turned.permute(2, 3, 0, 1) if layout == "full" else turned.transpose(0, sample)
-    return whole, lines
-
-
-def _parts(length: int, count: int) -> list[slice]:
-    step = -(-length // count)
-    return [slice(s, min(s + step, length)) for s in range(0, length, step)]
 
 
 @dataclass(slots=True)
@@ -332,7 +98,7 @@ class _Unit:
 class _Job:
     """One call of `structured_gram`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what one call consists of
         self,
         network: Network,
         sides: list[Side],
@@ -354,13 +120,13 @@ class _Job:
         units = self._units()
         side = self._sides[0]
         # Gradients of all outputs at once where they are small, for the sake of few calls.
-        stacked = self._layout == "full" or (not side.attached and _needed(side, "full") <= _STACKED_BYTES)
-        step = self._outputs if stacked else 1
+        together = self._layout == "full" or (not side.attached and needed(side, "full") <= _STACKED_BYTES)
+        step = self._outputs if together else 1
         for name in self._network.parameters:
             self._gram(name)
         for start in range(0, self._outputs, step):
             classes = range(start, min(start + step, self._outputs))
-            gradients = [_stacked(s, classes) for s in self._sides]
+            gradients = [stacked(s, classes) for s in self._sides]
             for unit in units:
                 self._add(unit, gradients, classes)
         found = {key: gram.finished() for key, gram in self._grams.items()}
@@ -436,10 +202,11 @@ class _Job:
                 for s in self._sides
             )
             whole = bias is not None and operation.sources[1].exact and operation.sources[1].value.dim() == 1
-            if bias is not None and whole and single and out.channels == (1,):
-                if self._group(bias.parameter) == self._group(unit.parameter):
-                    unit.bias = bias.parameter
-                    taken.add(bias.parameter)
+            if bias is None or not (whole and single and out.channels == (1,)):
+                continue
+            if self._group(bias.parameter) == self._group(unit.parameter):
+                unit.bias = bias.parameter
+                taken.add(bias.parameter)
         return [unit for unit in units if unit.parameter not in taken]
 
     def _add(self, unit: _Unit, gradients: list[list[list[Tensor | None]]], classes: range) -> None:
@@ -598,8 +365,7 @@ def _pulled(jacobian: Tensor, value: Tensor, root: Tensor) -> Tensor:
     n, c, _ = jacobian.shape
     rows = jacobian.reshape(n * c, *value.shape).to(value.dtype)
     try:
-        (found,) = torch.autograd.grad(value, root, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
+        (found,) = torch.autograd.grad(value, root, rows, retain_graph=True, is_grads_batched=True)
     except RuntimeError:  # an operation without a batching rule
-        grads = [torch.autograd.grad(value, root, row, retain_graph=True, allow_unused=True)[0] for row in rows]
-        found = None if grads[0] is None else torch.stack([g for g in grads if g is not None])
-    return jacobian.new_zeros(n, c, root.numel()) if found is None else found.reshape(n, c, -1).to(root.dtype)
+        found = torch.stack([torch.autograd.grad(value, root, row, retain_graph=True)[0] for row in rows])
+    return found.reshape(n, c, -1).to(root.dtype)

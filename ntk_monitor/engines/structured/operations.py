@@ -1,7 +1,6 @@
 """Kinds of operations, each able to turn its output gradients into the per-sample gradients of its parameters.
 
-`jacobian` is exact for every kind and every layout of samples; `factors` is the fast form of a weight that enters as one
-matrix. g are gradients (C, *output shape), J is (N, C, number of elements of the source).
+`jacobian` is exact for every kind and layout of samples; a weight that enters as one matrix also has a fast form.
 """
 
 import math
@@ -101,7 +100,7 @@ class Matrix(Operation):
         places: sizes of the positions, where they are not those of the output.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a product can differ in
         self,
         name: str,
         sources: list[Source],
@@ -137,7 +136,9 @@ class Matrix(Operation):
         out, value = self.outs[0], self.sources[0].value.detach()
         assert out.layout is not None
         r, q = self._matrix(value).shape
-        places = self._places if self._places is not None else [s for d, s in enumerate(out.shape) if d not in out.channels]
+        places = (
+            self._places if self._places is not None else [s for d, s in enumerate(out.shape) if d not in out.channels]
+        )
         n = out.layout.count
         t = out.layout.index.shape[1] if isinstance(out.layout, Owners) else math.prod(places) // n
         return n, t, q, r
@@ -164,9 +165,11 @@ class Matrix(Operation):
         return out.layout.arranged(turned, 1, turned.dim() - 2)
 
     def matrix(self, index: int, value: Tensor) -> Tensor:
+        """Return (R, Q)."""
         return self._matrix(value)
 
     def jacobian(self, index: int, gradients: list[Tensor | None]) -> Tensor:
+        """Return J (N, C, size of the source)."""
         g = gradients[0]
         assert g is not None
         if not self.is_weight(index):
@@ -199,6 +202,7 @@ class Table(Operation):
         return ids, d if self._padding is None else d * (ids != self._padding)[:, None, :, None].to(d.dtype)
 
     def jacobian(self, index: int, gradients: list[Tensor | None]) -> Tensor:
+        """Return J (N, C, size of the source)."""
         g = gradients[0]
         assert g is not None
         ids, d = self.picked(g)
@@ -235,6 +239,7 @@ class Elementwise(Operation):
         self._shapes = shapes or [s.value.shape for s in sources]
 
     def jacobian(self, index: int, gradients: list[Tensor | None]) -> Tensor:
+        """Return J (N, C, size of the source)."""
         g = gradients[0]
         assert g is not None
         return summed(self.outs[0], self._slope(index, g), self._shapes[index])
@@ -247,6 +252,7 @@ class Value(Operation):
         super().__init__(name, [source], [out])
 
     def jacobian(self, index: int, gradients: list[Tensor | None]) -> Tensor:
+        """Return J (N, C, size of the source)."""
         g = gradients[0]
         assert g is not None
         return masked(self.outs[0], g).flatten(2)
@@ -281,6 +287,7 @@ class Local(Operation):
         self._made: tuple[list[Tensor | None], list[Tensor]] | None = None
 
     def jacobian(self, index: int, gradients: list[Tensor | None]) -> Tensor:
+        """Return J (N, C, size of the source)."""
         if self._made is None or self._made[0] is not gradients:
             self._made = (gradients, self._all(gradients))
         found = self._made[1][index]
@@ -323,6 +330,7 @@ class Contraction(Operation):
         self._data, self._letters, self._local = data, letters, local
 
     def jacobian(self, index: int, gradients: list[Tensor | None]) -> Tensor:
+        """Return J (N, C, size of the source)."""
         data, weight, result = self._letters
         out, g = self.outs[0], gradients[0]
         assert g is not None

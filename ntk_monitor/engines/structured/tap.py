@@ -1,10 +1,10 @@
 """The tap: one ordinary forward pass, watched by a `TorchFunctionMode`, in which every use of a parameter is recorded.
 
-Inside a recognised operation the parameter is replaced by a detached alias, so that no weight gradient is ever computed;
-the operation's inputs and the gradient edge of its output are kept. (An edge survives in-place operations on the output,
-the tensor would not.) Tensors computed from parameters alone (transposed, split, normalised weights) are *derived*: they
-are recorded in the place of the parameters that they come from. What is not recognised keeps its parameter attached,
-and `reached` finds it in the graph afterwards, so a use is either recorded or known to be missed.
+Inside a recognised operation the parameter is replaced by a detached alias, so that no weight gradient is computed;
+the operation's inputs and the gradient edge of its output are kept. (An edge survives in-place operations on the
+output, the tensor would not.) Tensors computed from parameters alone (transposed, split, normalised weights) are
+*derived*: recorded in the place of the parameters that they come from. What is not recognised keeps its parameter
+attached, and `reached` finds it in the graph afterwards: a use is either recorded or known to be missed.
 """
 
 import types
@@ -52,7 +52,7 @@ class Source:
         """The first and the last element of its storage that it shows."""
         v = self.value
         reach = sum(stride * (size - 1) for stride, size in zip(v.stride(), v.shape, strict=True))
-        return v.storage_offset(), v.storage_offset() + reach
+        return int(v.storage_offset()), int(v.storage_offset() + reach)
 
 
 @dataclass(slots=True, eq=False)
@@ -180,7 +180,7 @@ class Tap(TorchFunctionMode):
         self, func: Any, types_: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_of((args, kwargs)))
         if func in _SECOND_ORDER:
             raise UnfollowedError("the forward pass takes gradients itself, through which parameters act unseen")
         sources = [t for t in tensors if self.source(t) is not None]
@@ -188,7 +188,7 @@ class Tap(TorchFunctionMode):
         if not sources or not torch.is_grad_enabled():
             result = func(*args, **kwargs)
             if data:
-                self.mark(_tensors(result))
+                self.mark(tensors_of(result))
             return result
         _refuse(tensors)
         if func is F.multi_head_attention_forward:
@@ -201,7 +201,7 @@ class Tap(TorchFunctionMode):
             result = rule(self, *args, **kwargs)
         if result is NotImplemented:
             result = self._otherwise(self, func, args, kwargs)
-        self.mark(_tensors(result))
+        self.mark(tensors_of(result))
         return result
 
     def _selects(self, args: tuple[Any, ...]) -> bool:
@@ -213,7 +213,7 @@ class Tap(TorchFunctionMode):
 
     def _derived(self, result: Any, sources: list[Tensor]) -> Any:
         names = tuple(dict.fromkeys(n for t in sources for n in self._sources[id(t)].parameters))
-        for t in _tensors(result):
+        for t in tensors_of(result):
             if t.requires_grad and id(t) not in self._sources:
                 self._sources[id(t)] = Source(t, names, self._is_view(t))
         return result
@@ -230,15 +230,26 @@ class Tap(TorchFunctionMode):
         return True
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a nest of arguments."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
+
+
+def sources_of(tap: Tap, *tensors: Any) -> list[Source]:
+    """Return the sources among some arguments, in order."""
+    return [s for t in tensors if (s := tap.source(t)) is not None]
+
+
+def needs_leaf(*tensors: Any) -> bool:
+    """True when nothing else in a call requires a gradient, so that an alias must, or there is no graph to tap."""
+    return not any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def _refuse(tensors: list[Tensor]) -> None:
@@ -254,7 +265,7 @@ def _checkpointing() -> bool:
     return hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
 
 
-def _opened(function: types.FunctionType) -> types.FunctionType:
+def _opened(function: Any) -> types.FunctionType:
     """Return the function without its own check for overrides, so that the operations inside it are seen."""
     globals_ = {
         **function.__globals__,
@@ -282,7 +293,7 @@ def reached(y: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if id(getattr(node, "variable", None)) in names:
-            found.add(names[id(node.variable)])
+        if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+            found.add(name)
         stack.extend(parent for parent, _ in node.next_functions)
     return [name for name in parameters if name in found]

@@ -1,0 +1,171 @@
+"""One batch, recorded: a forward pass under the tap, and the samples found in every operation's output."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntk_monitor.batch import Batch, tensors
+from ntk_monitor.engines.contract import Layout
+from ntk_monitor.engines.structured import samples
+from ntk_monitor.engines.structured.operations import Value
+from ntk_monitor.engines.structured.otherwise import otherwise
+from ntk_monitor.engines.structured.rules import RULES
+from ntk_monitor.engines.structured.tap import Operation, Tap, UnfollowedError, reached
+from ntk_monitor.network import Network
+
+
+class CoupledError(UnfollowedError):
+    """Samples of the batch depend on each other, so there is no per-sample gradient inside an operation."""
+
+
+@dataclass(slots=True)
+class Side:
+    """One batch: its outputs, what was recorded, and which parameters were missed."""
+
+    y: Tensor
+    operations: list[Operation]
+    attached: list[str]
+    kept: dict[int, Any] = field(default_factory=dict)
+    gradients: list[list[Tensor | None]] = field(default_factory=list)
+
+
+def recorded(network: Network, inputs: Batch, *, values: bool = True) -> Side:
+    """Run the network once under the tap.
+
+    Raises:
+        UnfollowedError: the forward pass does what interception cannot see through.
+    """
+    tap = Tap(network.parameters, RULES, otherwise)
+    tap.moves = values
+    tap.mark(tensors(inputs))
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), tap:
+        y = network.outputs(inputs)
+    tap.check()
+    if any(p.is_complex() for p in network.parameters.values()):
+        raise UnfollowedError("complex parameters")
+    attached = reached(y, network.parameters) if y.requires_grad else []
+    return Side(y, tap.operations, attached)
+
+
+def located(side: Side) -> None:
+    """Find the samples in every operation's output; forget operations that the outputs do not depend on.
+
+    The first of the two backward passes is that of the first output, whose gradients are kept for the kernel. Where
+    that output does not reach an operation, two passes with a random combination of all outputs follow.
+
+    Raises:
+        CoupledError: samples depend on each other.
+    """
+    y = side.y
+    if not y.requires_grad:
+        side.operations = []
+        return
+    u = torch.zeros_like(y)
+    u[:, 0] = 1
+    first = backward(side, u)
+    if len(y) == 1:
+        for operation in side.operations:
+            for out in operation.outs:
+                out.layout = samples.everything([s for d, s in enumerate(out.shape) if d not in out.channels], y.device)
+    else:
+        _lay_out(side, u, first)
+    side.gradients = first
+
+
+def _lay_out(side: Side, u: Tensor, first: list[list[Tensor | None]]) -> None:
+    scale = _scale(side, first)
+    second = backward(side, scale[:, None] * u)
+    missing = []
+    for k, operation in enumerate(side.operations):
+        for j, out in enumerate(operation.outs):
+            a, b = first[k][j], second[k][j]
+            if a is not None and b is not None and a.numel() and bool(a.any()):
+                out.layout = samples.axis_layout(a, b, out.channels, scale)
+            if out.layout is None:
+                missing.append((k, j))
+        second[k] = []
+    if missing:
+        _search(side, missing)
+
+
+def _scale(side: Side, gradients: list[list[Tensor | None]], digit: int | None = None) -> Tensor:
+    # The narrowest dtype inside decides how many powers of two there are.
+    half = any(g is not None and g.dtype == torch.float16 for part in gradients for g in part)
+    return samples.scales(len(side.y), torch.float16 if half else side.y.dtype, side.y.device, digit).to(side.y.dtype)
+
+
+def _search(side: Side, missing: list[tuple[int, int]]) -> None:
+    """Find the samples where the first output did not tell, or where they do not lie along an axis."""
+    y = side.y
+    generator = torch.Generator().manual_seed(1)
+    u = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+    first = backward(side, u)
+    scale = _scale(side, first)
+    second = backward(side, scale[:, None] * u)
+    base = 8 if bool(scale.max() < 2**8) and len(y) > 8 else 16
+    passes: list[list[list[Tensor | None]]] = []
+    for k, j in missing:
+        operation, a, b = side.operations[k], first[k][j], second[k][j]
+        out = operation.outs[j]
+        if a is None or b is None or not a.numel():
+            continue
+        out.layout = samples.axis_layout(a, b, out.channels, scale)
+        if out.layout is None:
+            if not passes:
+                count = samples.digits(len(y), base)
+                passes = [backward(side, _scale(side, first, digit)[:, None] * u) for digit in range(count)]
+            one = [found for p in passes if (found := p[k][j]) is not None]
+            out.layout = samples.owners(a, one, out.channels, len(y), base)
+        if out.layout is None:
+            name = ", ".join(dict.fromkeys(p for s in operation.sources for p in s.parameters))
+            kind = SharedValueError if isinstance(operation, Value) else CoupledError
+            raise kind(f"samples of the batch depend on each other in {operation.name} ({name})")
+
+
+class SharedValueError(UnfollowedError):
+    """A tapped source is shared by the samples; its parameters have to stay attached."""
+
+
+def backward(side: Side, cotangent: Tensor) -> list[list[Tensor | None]]:
+    """Return the gradient of every output of every operation for one cotangent (N, C)."""
+    edges = [out.edge for operation in side.operations for out in operation.outs]
+    if not edges:
+        return []
+    found: Iterator[Tensor | None] = iter(
+        torch.autograd.grad(side.y, edges, cotangent, retain_graph=True, allow_unused=True)
+    )
+    return [
+        [None if (g := next(found)) is None else g.reshape(out.shape) for out in operation.outs]
+        for operation in side.operations
+    ]
+
+
+def stacked(side: Side, classes: range) -> list[list[Tensor | None]]:
+    """Return gradients (C', *shape) for these outputs; operations without samples have none."""
+    result: list[list[Tensor | None]] = [[None] * len(o.outs) for o in side.operations]
+    for i, c in enumerate(classes):
+        cotangent = torch.zeros_like(side.y)
+        cotangent[:, c] = 1
+        ready, side.gradients = (side.gradients, []) if c == 0 else ([], side.gradients)
+        for k, part in enumerate(ready or backward(side, cotangent)):
+            for j, g in enumerate(part):
+                if g is None or side.operations[k].outs[j].layout is None:
+                    continue
+                if len(classes) == 1:
+                    result[k][j] = g[None]
+                    continue
+                stack = result[k][j]
+                if stack is None:
+                    stack = result[k][j] = g.new_zeros(len(classes), *g.shape)
+                stack[i] = g
+    return result
+
+
+def needed(side: Side, layout: Layout) -> int:
+    """Return the bytes of the gradients that are held at a time."""
+    one = sum(math.prod(out.shape) for operation in side.operations for out in operation.outs) * side.y.element_size()
+    return one * (side.y.shape[1] + 1 if layout == "full" else 2)
