@@ -2,7 +2,7 @@
 
 Three ways to the same kernel: from the products of inputs and of gradients where T = 1 (Hadamard), from the per-sample
 gradients of this one layer in blocks, or from pairs of positions. Sums end in float64. With `work` float32, products
-run in float32 over at most `_INNER` terms and are summed in float64: plain float32 sums of 1e5 terms were wrong by 1e-4.
+run in float32 over at most `_INNER` terms, summed in float64: plain float32 sums of 1e5 terms were wrong by 1e-4.
 """
 
 import math

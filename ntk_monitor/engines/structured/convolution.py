@@ -102,7 +102,8 @@ def _forward(function: Callable[..., Tensor], rank: int) -> Rule:
             return found
 
         def back(found: Tensor) -> Tensor:
-            return found.unflatten(-1, (*kernel, channels)).movedim(-1, 3)
+            gradient: Tensor = found.unflatten(-1, (*kernel, channels)).movedim(-1, 3)
+            return gradient
 
         sources = [s for t in (weight, bias) if (s := tap.source(t)) is not None]
         operation = Matrix(
@@ -151,14 +152,16 @@ def _transposed(function: Callable[..., Tensor], rank: int) -> Rule:
             # The weight (Ci, Co, kernel) multiplies the patches of the output gradient by the input at each place.
             found = patches(g.flatten(0, 1), kernel, strides, pads, dilations)
             found = found[(slice(None), *(slice(0, s) for s in size))]
-            return found.unflatten(0, g.shape[:2])
+            result: Tensor = found.unflatten(0, g.shape[:2])
+            return result
 
         def matrix(w: Tensor) -> Tensor:
             found: Tensor = w.movedim(1, -1).flatten(1).T
             return found
 
         def back(found: Tensor) -> Tensor:  # (N, C, R = kernel × Co, Q = Ci)
-            return found.transpose(2, 3).unflatten(-1, (*kernel, weight.shape[1])).movedim(-1, 3)
+            gradient: Tensor = found.transpose(2, 3).unflatten(-1, (*kernel, weight.shape[1])).movedim(-1, 3)
+            return gradient
 
         sources = [s for t in (weight, bias) if (s := tap.source(t)) is not None]
         operation = Matrix(

@@ -3,7 +3,7 @@
 In the last resort a function runs with its sources attached; their rows take passes of the whole network.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,72 +13,19 @@ from torch.nn import functional as F
 from ntk_monitor.engines.structured.operations import Elementwise, Local, Value
 from ntk_monitor.engines.structured.tap import Source, Tap, sources_of, tensors_of
 
-_BROADCASTING = [
-    "add",
-    "sub",
-    "subtract",
-    "rsub",
-    "mul",
-    "multiply",
-    "div",
-    "divide",
-    "true_divide",
-    "pow",
-    "maximum",
-    "minimum",
-    "where",
-    "lerp",
-    "addcmul",
-    "addcdiv",
-    "hypot",
-    "__add__",
-    "__radd__",
-    "__sub__",
-    "__rsub__",
-    "__mul__",
-    "__rmul__",
-    "__truediv__",
-    "__rtruediv__",
-    "__pow__",
-    "__rpow__",
-    "xlogy",
-    "atan2",
-    "__div__",
-    "__rdiv__",
-    "float_power",
-    "logaddexp",
-    "copysign",
-    "fmod",
-    "remainder",
-    "clamp",
-    "clip",
-    "clamp_min",
-    "clamp_max",
-]
-_IN_PLACE = [
-    "add_",
-    "sub_",
-    "mul_",
-    "div_",
-    "pow_",
-    "lerp_",
-    "addcmul_",
-    "addcdiv_",
-    "__iadd__",
-    "__isub__",
-    "__imul__",
-    "__itruediv__",
-]
-_MOVING = ["cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack", "row_stack"]
+_BROADCASTING = """
+    add sub subtract rsub mul multiply div divide true_divide pow maximum minimum where lerp addcmul addcdiv hypot xlogy
+    atan2 float_power logaddexp copysign fmod remainder clamp clip clamp_min clamp_max __add__ __radd__ __sub__ __rsub__
+    __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __div__ __rdiv__
+"""
+_IN_PLACE = "add_ sub_ mul_ div_ pow_ lerp_ addcmul_ addcdiv_ __iadd__ __isub__ __imul__ __itruediv__"
+_MOVING = "cat concat concatenate stack hstack vstack dstack column_stack row_stack"
 
 
-def _named(names: Sequence[str]) -> frozenset[Any]:
-    return frozenset(
-        function
-        for owner in (torch, Tensor, F)
-        for name in names
-        if (function := getattr(owner, name, None)) is not None
-    )
+def _named(names: str) -> frozenset[Any]:
+    """Return the torch functions and methods of these names."""
+    found = (getattr(owner, name, None) for owner in (torch, Tensor, F) for name in names.split())
+    return frozenset(function for function in found if function is not None)
 
 
 _ELEMENTWISE, _ELEMENTWISE_IN_PLACE, _MOVES = _named(_BROADCASTING), _named(_IN_PLACE), _named(_MOVING)

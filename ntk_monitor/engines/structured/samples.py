@@ -74,7 +74,7 @@ Layout: TypeAlias = Axis | Owners
 
 
 def scales(samples: int, dtype: torch.dtype, device: torch.device, digit: int | None = None) -> Tensor:
-    """Return sₙ = 2^kₙ, (N,): distinct where N allows it, else drawn; with `digit`, k is that digit of n (base 16 or 8)."""
+    """Return sₙ = 2^kₙ, (N,): distinct where N allows it, else drawn; with `digit`, k is that digit of n."""
     base = 8 if dtype == torch.float16 else 16
     if digit is not None:
         exponents = torch.arange(samples) // base**digit % base
