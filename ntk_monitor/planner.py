@@ -30,8 +30,8 @@ from ntk_monitor.engines.structured.costs import (
     rates,
     route,
 )
-from ntk_monitor.engines.structured.engine import Side, located, recorded
 from ntk_monitor.engines.structured.operations import Contraction, Local, Matrix, Table, Value
+from ntk_monitor.engines.structured.recording import SharedValueError, Side, located, needed, recorded
 from ntk_monitor.engines.structured.samples import Axis
 from ntk_monitor.engines.structured.tap import Operation, UnfollowedError
 from ntk_monitor.errors import InputError, NTKMonitorError
@@ -373,7 +373,7 @@ class _Planner:
             with self._meter:
                 side = recorded(self._network, self._inputs)
             self._y = side.y
-            self._needed = structured._needed(side, "trace") // 2
+            self._needed = needed(side, "trace") // 2
             step = self._n
             while 2 * self._needed * step > self._limit * self._n and step > 1:
                 step = -(-step // 2)
@@ -396,7 +396,7 @@ class _Planner:
                 side = recorded(self._network, inputs)
         try:
             located(side)
-        except structured._SharedValueError:
+        except SharedValueError:
             side = recorded(self._network, inputs, values=False)
             located(side)
         side.gradients = []
@@ -534,7 +534,7 @@ class _Layers:
         network, n = planner._network, len(side.y)
         self._job = structured._Job(network, [side], planner._layout, lambda _: "", {}, planner._work, (n, n))
         self.units = self._job._units()
-        stacked = not side.attached and structured._needed(side, "full") <= structured._STACKED_BYTES
+        stacked = not side.attached and needed(side, "full") <= structured._STACKED_BYTES
         self.steps = 1 if planner._layout == "full" or stacked else planner._c
         """Times that all parameters are contracted."""
         self._width = planner._c // self.steps
@@ -590,13 +590,15 @@ class _Layers:
     def _factors(self, places: list[tuple[int, int]], n: int, m: int, symmetric: bool) -> _Part:
         p, c = self._p, self._width
         uses = [(self._side.operations[k], i) for k, i in places]
-        operation, index = uses[0]
+        operation = uses[0][0]
         assert isinstance(operation, Matrix)
-        r, q = operation.matrix(index, operation.sources[index].value.detach()).shape
+        _, _, q, r = operation.sizes()
         t = sum(self._positions(o) for o, _ in uses)
         sizes = Sizes(n, m, c, t, t, q, r, p._c)
         way = route(sizes, p._layout, p._work, symmetric)
         patches = sum(n * self._positions(o) * q * p._item for o, _ in uses if _unfolds(o))
+        if way == "gradients" and operation.shifts and (p._layout == "full" or patches > structured._KEPT_BYTES):
+            patches = 0  # taken as shifted views
         turned = n * c * t * r * p._item
         seconds = (turned + patches / (1 if p._layout == "full" else self.steps)) / p._speeds.memory
         wide = 8 if p._work == torch.float64 else 4
@@ -620,9 +622,8 @@ class _Layers:
     def _positions(self, operation: Operation) -> int:
         """Return T of one use."""
         out = operation.outs[0]
-        if isinstance(operation, Matrix) and operation._turned is not None:
-            activations = operation._activations()
-            return max(1, math.prod(activations.shape[:-1]) // len(self._side.y))
+        if isinstance(operation, Matrix):
+            return operation.sizes()[1]
         if out.layout is None or isinstance(out.layout, Axis):
             positions = math.prod(s for d, s in enumerate(out.shape) if d not in out.channels)
             return max(1, positions // len(self._side.y))
