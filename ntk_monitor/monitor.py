@@ -234,7 +234,8 @@ class Monitor:
     def _weigh(self, layout: str, outputs: int, parameters: int) -> None:
         """Say before the first probe that it will take long, and refuse one that would not fit in memory."""
         rows = outputs if layout in ("full", "trace") else 1
-        needed = rows * parameters * 4
+        # The structured engine holds no Jacobian.
+        needed = rows * parameters * 4 if self.recipe.engine in ("rows", "reference") else 0
         if self.recipe.memory_limit is None and needed > 4 * MEMORY_LIMIT:
             raise InputError(
                 f"the Jacobian of one sample takes {needed / 2**30:.1f} GiB ({rows} x {parameters:,} parameters); "

@@ -302,14 +302,14 @@ def _pairs_full(
     (n, t, q), (m, s, _) = a.shape, b.shape
     c, r = g.shape[1], g.shape[3]
     work = gram.work
-    b = b.reshape(m * s, q).to(work)
-    # (M, S, C R): gradients of the column samples, to be carried to the positions of a row sample.
-    carried = h.permute(0, 2, 1, 3).reshape(m, s, c * r).to(work)
+    a, b = a.to(work), b.reshape(m * s, q).to(work)
+    # (M, S, R C): gradients of the column samples, to be carried to the positions of a row sample.
+    carried = h.permute(0, 2, 3, 1).to(work, memory_format=torch.contiguous_format).reshape(m, s, r * c)
+    mine = g.reshape(n, c, t * r).to(work)
+    moved = carried.new_empty(m, t, r * c)
     for row in range(n):
         last = row + 1 if gram.symmetric else m
-        w = (a[row].to(work) @ b[: last * s].T).view(t, last, s).transpose(0, 1)  # (M, T, S)
-        moved = torch.bmm(w, carried[:last]).view(last, t, c, r)  # Σ_s (a_t · b_s) h_s
-        mine = g[row].reshape(c, t * r).to(work)
-        theirs = moved.permute(1, 3, 0, 2).reshape(t * r, last * c)
-        found = (mine @ theirs).view(c, last, c).double()
+        w = (b[: last * s] @ a[row].T).view(last, s, t).transpose(1, 2)
+        torch.bmm(w, carried[:last], out=moved[:last])  # Σ_s (a_t · b_s) h_s
+        found = torch.matmul(mine[row], moved[:last].view(last, t * r, c)).transpose(0, 1)
         gram.block(slice(row, row + 1), slice(0, last), classes, found[None])

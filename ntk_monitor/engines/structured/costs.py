@@ -36,18 +36,26 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Multiply-adds per second by kind of product."""
+    """Multiply-adds per second by kind of product, and elements or bytes per second of what surrounds them."""
 
     gradients: float = 33e9
+    """Per-sample gradients, float32."""
     gram: float = 28e9
-    gram64: float = 7e9
+    """Products of their rows, float32 ..."""
+    gram64: float = 14e9
+    """... and float64, apart from the conversion."""
+    convert: float = 5e9
+    """Bytes of float64 written per second when rows are converted."""
     pairs: float = 33e9
-    pairs64: float = 13e9
+    """Products of all pairs of positions, float32 ..."""
+    pairs64: float = 10e9
+    """... and float64."""
     elementwise: float = 0.4e9
+    """Pairs of positions per second that are weighted and summed."""
 
 
 CPU = Rates()
-CUDA = Rates(1e13, 1e13, 1e13, 1e13, 1e13, 3e11)
+CUDA = Rates(1e13, 1e13, 1e13, 1e12, 1e13, 1e13, 3e11)
 
 
 def rates(device: torch.device | str) -> Rates:
@@ -68,10 +76,17 @@ def route(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool) -> Route
 
 def gradients_seconds(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool, rate: Rates = CPU) -> float:
     """Return the seconds of forming per-sample gradients and multiplying them."""
-    form = x.c * (x.n * x.t + (0 if symmetric else x.m * x.s)) * x.q * x.r
-    half = 0.75 if symmetric and x.n * (x.c if layout == "full" else 1) >= 96 else 1.0
-    gram = half * x.n * x.m * x.q * x.r * (x.c**2 if layout == "full" else x.c)
-    return form / rate.gradients + gram / (rate.gram64 if work == torch.float64 else rate.gram)
+    samples = x.n * x.t + (0 if symmetric else x.m * x.s)
+    form = x.c * samples * x.q * x.r / rate.gradients
+    if layout == "full":
+        half = 9 / 16 if symmetric else 1.0  # eight bands of row samples, each up to the diagonal
+        products = half * x.n * x.m * x.c**2 * x.q * x.r
+    else:
+        half = 0.75 if symmetric and x.n >= 96 else 1.0
+        products = half * x.n * x.m * x.c * x.q * x.r
+    if work != torch.float64:
+        return form + products / rate.gram
+    return form + products / rate.gram64 + 8 * (x.n + (0 if symmetric else x.m)) * x.c * x.q * x.r / rate.convert
 
 
 def pairs_seconds(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool, rate: Rates = CPU) -> float:
@@ -79,6 +94,8 @@ def pairs_seconds(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool, 
     pairs = x.n * x.t * x.m * x.s * (0.6 if symmetric else 1.0)
     speed = rate.pairs64 if work == torch.float64 else rate.pairs
     if layout == "full":
-        return pairs * (x.q + x.c * x.r) / speed + pairs / x.s * x.c**2 * x.r / speed
+        # Products of a sample's few outputs with another's are small matrices, at a third of the speed.
+        carried = pairs / x.s * x.c * x.r
+        return pairs * (x.q + x.c * x.r) / speed + carried * x.c / (speed / 3)
     inputs = x.q * x.c / x.outputs  # A Aᵀ is kept for all outputs
     return pairs * (inputs + x.c * x.r) / speed + pairs * x.c / rate.elementwise

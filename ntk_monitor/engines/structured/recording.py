@@ -1,6 +1,8 @@
 """One batch, recorded: a forward pass under the tap, and the samples found in every operation's output."""
 
+import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +44,11 @@ def recorded(network: Network, inputs: Batch, *, values: bool = True) -> Side:
     tap = Tap(network.parameters, RULES, otherwise)
     tap.moves = values
     tap.mark(tensors(inputs))
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), tap:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # a function compiled by the user would be compiled again under the tap
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(tap)
         y = network.outputs(inputs)
     tap.check()
     if any(p.is_complex() for p in network.parameters.values()):
