@@ -251,11 +251,11 @@ class _Job:
             work=self.work,
             memory_limit=self.limit,
         )
-        shapes = tuple((tuple(t.shape), t.dtype) for t in tensors(self.batches[0]))
+        shapes = tuple((tuple(t.shape), t.dtype) for batch in self.batches for t in tensors(batch))
         seen = (tuple((line.parameter, line.operations) for line in lines), shapes, self.network.dtype)
         checked = _CHECKED.setdefault(self.model, set())
         if seen not in checked:
-            if problem := structured_disagreement(self.network, self.batches[0]):
+            if problem := structured_disagreement(self.network, self.batches[0], other):
                 raise UnfollowedError(problem)
             checked.add(seen)
         return found, lines

@@ -1,15 +1,15 @@
 """Is this engine's Jacobian the one that autograd sees? A few rows compared, before a number is shown to anybody."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ntk_monitor.batch import Batch, size
 from ntk_monitor.engines.contract import Jacobian
-from ntk_monitor.engines.rows import RowsJacobian
-from ntk_monitor.engines.structured.engine import structured_gram
+from ntk_monitor.engines.rows import RowsJacobian, real_part
+from ntk_monitor.engines.structured.engine import Line, structured_gram
 from ntk_monitor.network import Network
 
 # Two orders of summation of the same float32 gradient differ by about 1e-5; a missed use of a parameter by about 1e-1.
@@ -58,15 +58,35 @@ class _Projected(Network):
         return y @ torch.randn(y.shape[1], 1, generator=generator, dtype=torch.float64).to(y)
 
 
-def structured_disagreement(network: Network, inputs: Batch) -> str:
-    """Compare the structured kernel of a random combination of the outputs with plain autograd rows.
+def structured_disagreement(network: Network, inputs: Batch, other: Batch | None = None) -> str:
+    """Compare the structured kernel of a random combination of the outputs with plain autograd.
 
-    All pairs of the first, the middle and the last sample, parameter by parameter. Returns the worst parameter, the
-    operations it enters and the error in words, or "". Cost: one structured pass and three backward passes.
+    All pairs of the first, the middle and the last sample, parameter by parameter; then rᵀ K s, layer by layer, with
+    random weights r of all samples and s of the other batch's, which is the product of two gradients. Returns the worst
+    parameter or layer, the operations it enters and the error in words, or "". Cost: two or three structured passes
+    for one output, and four or five backward passes.
     """
     projected = _Projected(network)
+    tolerance = _TOLERANCE[8 if network.dtype.itemsize == 8 else 4]
     kernels, lines = structured_gram(projected, inputs, None, "trace", group=lambda name: name, scale={})
-    oracle, n = RowsJacobian(projected, inputs), size(inputs)
+    worst, culprit = _worst_pair(kernels, lines, projected, inputs)
+    if worst > tolerance:
+        return (
+            f"the kernel of {culprit.parameter} ({', '.join(culprit.operations) or 'no operation'}) differs from "
+            f"autograd's by {worst:.1e} of the whole"
+        )
+    for batch in (None, other) if other is not None else (None,):
+        worst, layer = _worst_form(projected, inputs, batch)
+        if worst > tolerance:
+            what = "kernel" if batch is None else "cross kernel"
+            return f"the {what} of {layer or 'a parameter'} differs from autograd's by {worst:.1e} of the whole"
+    return ""
+
+
+def _worst_pair(
+    kernels: Mapping[str, Tensor], lines: Sequence[Line], network: Network, inputs: Batch
+) -> tuple[float, Line]:
+    oracle, n = RowsJacobian(network, inputs), size(inputs)
     chosen = sorted({0, n // 2, n - 1})
     rows: list[Mapping[str, Tensor]] = [oracle.row(i, 0) for i in chosen]
     scales = [math.sqrt(sum(float(g.double().square().sum()) for g in row.values())) for row in rows]
@@ -74,16 +94,51 @@ def structured_disagreement(network: Network, inputs: Batch) -> str:
     for line in lines:
         for i, (a, left) in enumerate(zip(chosen, rows, strict=True)):
             for j, (b, right) in enumerate(zip(chosen, rows, strict=True)):
-                scale = scales[i] * scales[j]
                 wanted = float(left[line.parameter].double() @ right[line.parameter].double())
-                if not math.isfinite(scale) or not math.isfinite(wanted):
-                    continue  # the weights are the problem, not the engine
-                error = abs(float(kernels[line.parameter][a, b]) - wanted) / (scale or 1.0)
-                if not error <= worst:  # NaN included
-                    worst, culprit = error if math.isfinite(error) else math.inf, line
-    if worst <= _TOLERANCE[8 if network.dtype.itemsize == 8 else 4]:
-        return ""
-    return (
-        f"the kernel of {culprit.parameter} ({', '.join(culprit.operations) or 'no operation'}) "
-        f"differs from autograd's by {worst:.1e} of the whole"
-    )
+                error = _error(float(kernels[line.parameter][a, b]), wanted, scales[i] * scales[j])
+                if error > worst:
+                    worst, culprit = error, line
+    return worst, culprit
+
+
+def _worst_form(network: Network, inputs: Batch, other: Batch | None) -> tuple[float, str]:
+    """Compare rᵀ K s by layer, as a layer's biases may be multiplied together with its weights."""
+    kernels, _ = structured_gram(network, inputs, other, "trace", group=_layer, scale={})
+    r, g = _weighted(network, inputs)
+    s, h = (r, g) if other is None else _weighted(network, other)
+    wanted = dict.fromkeys(kernels, 0.0)
+    for name in g:
+        wanted[_layer(name)] += float(g[name].double() @ h[name].double())
+    found = {name: float(r @ kernel @ s) for name, kernel in kernels.items()}
+    # Without the signs: what the rounding of the entries adds up to, and of the two gradients.
+    left, right = (math.sqrt(sum(float(v.double().square().sum()) for v in part.values())) for part in (g, h))
+    whole = max(left * right, *(float(r.abs() @ kernel.abs() @ s.abs()) for kernel in kernels.values()))
+    errors = {name: _error(found[name], wanted[name], whole) for name in kernels}
+    culprit = max(errors, key=lambda name: errors[name])
+    return errors[culprit], culprit
+
+
+def _weighted(network: Network, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return random weights of the samples, and the gradient of the outputs' sum with these weights."""
+    y = network.outputs(inputs)
+    generator = torch.Generator().manual_seed(4)
+    weights = torch.randn(len(y), generator=generator, dtype=torch.float64).to(y.device)
+    parameters = list(network.parameters.values())
+    gradients: Sequence[Tensor | None] = [None] * len(parameters)
+    if y.requires_grad:
+        gradients = torch.autograd.grad(y[:, 0] @ weights.to(y.dtype), parameters, allow_unused=True)
+    return weights, {
+        name: real_part(torch.zeros_like(p) if g is None else g.to_dense())
+        for (name, p), g in zip(network.parameters.items(), gradients, strict=True)
+    }
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _error(found: float, wanted: float, whole: float) -> float:
+    if not math.isfinite(whole) or not math.isfinite(wanted):
+        return 0.0  # the weights are the problem, not the engine
+    error = abs(found - wanted) / (whole or 1.0)
+    return error if math.isfinite(error) else math.inf

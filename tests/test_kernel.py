@@ -104,7 +104,11 @@ def test_rows_come_one_by_one_where_backward_passes_cannot_be_vectorised() -> No
 
     double: Any = Doubled.apply
     model, x = nn.Linear(4, 2).double(), torch.randn(3, 4, dtype=torch.float64)
-    centred = lambda m, inputs: double(m(inputs - inputs.mean(0)) * m(inputs).mean(0))  # noqa: E731
+
+    def centred(m: nn.Module, inputs: Tensor) -> Tensor:
+        y: Tensor = double(m(inputs - inputs.mean(0)) * m(inputs).mean(0))
+        return y
+
     found = measured(model, x, forward=centred)
     assert found.engine == "rows"
     assert re.search("samples of the batch depend on each other.*; vectorised: RuntimeError", found.reason)
@@ -431,8 +435,12 @@ def test_a_lost_parameter_is_noticed_and_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_model_that_agreed_once_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    honest = door.structured_disagreement
-    monkeypatch.setattr(door, "structured_disagreement", lambda *args: compared.append(1) or honest(*args))
+
+    def compare(*_: Any) -> str:
+        compared.append(1)
+        return ""
+
+    monkeypatch.setattr(door, "structured_disagreement", compare)
     model, x = _network(2, 0), torch.randn(4, 3, dtype=torch.float64)
     for _ in range(2):
         empirical_ntk(model, x)
