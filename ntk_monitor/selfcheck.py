@@ -16,24 +16,28 @@ from ntk_monitor.network import Network
 _TOLERANCE = {4: 1e-3, 8: 1e-7}
 
 
-def disagreement(jacobian: Jacobian, network: Network, inputs: Batch) -> str:
+def disagreement(jacobian: Jacobian, network: Network, inputs: Batch, *, width: int = 1) -> str:
     """Compare rows of the first and the last sample with plain autograd over the whole batch.
 
+    `width`: samples per block, which an engine's answer should not depend on.
+
     Returns the worst parameter and its error in words, or "" when they agree. Catches parameters that an engine does
-    not see, uses it counts twice, and samples that are coupled (batch statistics). Cost: one block of two samples and a
-    few backward passes.
+    not see, uses it counts twice, and samples that are coupled (batch statistics). Cost: two blocks and a few
+    backward passes.
     """
     oracle = RowsJacobian(network, inputs)
     worst, culprit = 0.0, ""
+    width = min(width, oracle.samples)
     for n in sorted({0, oracle.samples - 1}):
-        block = jacobian.block(slice(n, n + 1))
+        start = min(n, oracle.samples - width)
+        block = jacobian.block(slice(start, start + width))
         for c in sorted({0, oracle.outputs - 1}):
             row = oracle.row(n, c)
             scale = sum(float(g.double().square().sum()) for g in row.values()) ** 0.5
             if not math.isfinite(scale):
                 continue  # the weights are the problem, not the engine
             for name, gradient in row.items():
-                error = float((block[name][0, c].double() - gradient.double()).norm()) / (scale or 1.0)
+                error = float((block[name][n - start, c].double() - gradient.double()).norm()) / (scale or 1.0)
                 if not error <= worst:  # NaN included
                     worst, culprit = error if math.isfinite(error) else math.inf, name
     tolerance = _TOLERANCE[8 if network.dtype.itemsize == 8 else 4]

@@ -92,6 +92,13 @@ def test_the_reference_engine_refuses_what_it_cannot_do_exactly(name: str) -> No
         empirical_ntk(case.model(), case.inputs(), engine="reference")
 
 
+def test_the_reference_engine_notices_a_rule_of_torch_that_mixes_samples_up() -> None:
+    # The gradient of PReLU's slope under vmap, as many outputs as samples.
+    model, x = nn.PReLU().double(), torch.randn(3, 4, dtype=torch.float64)
+    with pytest.raises(NetworkError, match='engine="reference"'):
+        empirical_ntk(model, x, forward=lambda m, inputs: m(inputs)[:, :3].cumsum(1).sin(), engine="reference")
+
+
 def test_rows_come_one_by_one_where_backward_passes_cannot_be_vectorised() -> None:
     class Doubled(torch.autograd.Function):
         @staticmethod
