@@ -13,7 +13,7 @@ from ntk_monitor.engines.contract import Layout
 
 Route: TypeAlias = Literal["hadamard", "gradients", "pairs"]
 
-BLOCK_BYTES = 2 * 2**20
+BLOCK_BYTES = 8 * 2**20
 """Per-sample gradients of one layer are formed and consumed in blocks of this size, which stay in the last cache."""
 
 LEAST_CHANNELS = 64
@@ -82,7 +82,7 @@ def gradients_seconds(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bo
         half = 9 / 16 if symmetric else 1.0  # eight bands of row samples, each up to the diagonal
         products = half * x.n * x.m * x.c**2 * x.q * x.r
     else:
-        half = 0.75 if symmetric and x.n >= 96 else 1.0
+        half = 0.75 if symmetric and x.n >= 200 else 1.0
         products = half * x.n * x.m * x.c * x.q * x.r
     if work != torch.float64:
         return form + products / rate.gram

@@ -60,7 +60,7 @@ def structured_gram(  # noqa: PLR0913 - one kernel
         layout: "full" → (N, C, M, C), "trace" → (N, M), "per_output" → (C, N, M).
         group: parameter name → name of the kernel it is summed into.
         scale: square root of a diagonal preconditioner by parameter, flat; empty: none.
-        work: dtype of products; float32: sums of more than 4096 terms are still float64.
+        work: dtype of products; float32: sums of more than 2048 terms are still float64.
         memory_limit: bytes for gradients of activations; None: no limit.
 
     Raises:
