@@ -1,5 +1,6 @@
 """The structured engine on networks drawn at random, and the laws that its shortcuts must not break."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -159,6 +160,8 @@ def _tied(p: Program) -> None:
 
 def _layer_norm(p: Program) -> None:
     axes = p.draw(*range(1, len(p.shape) + 1))
+    if math.prod(p.shape[-axes:]) == 1:  # nothing is left but rounding
+        return
     if p.draw(True, False):
         norm: nn.Module = nn.LayerNorm(p.shape[-axes:], bias=p.draw(True, False))
     else:
