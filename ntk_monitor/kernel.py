@@ -4,7 +4,7 @@ Model → Network → engine → float64 Gram. Which engine ran, and why, is par
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 from weakref import WeakKeyDictionary
@@ -168,6 +168,7 @@ def measured(  # noqa: PLR0913 - the same door
             preconditioner,
             head,
             seed,
+            (forward, mode, outputs, None if loss is None else recognised(loss).function),
         )
         layers, used, reason, lines = job.run(engine, mode)
     if outputs in ("sum", "loss"):
@@ -213,6 +214,8 @@ class _Job:
     preconditioner: Mapping[str, Tensor] | None
     forward: Forward
     seed: int
+    asked: tuple[Any, ...]
+    """What the function differs in from call to call on the same module."""
 
     def run(self, engine: str, mode: str) -> Found:
         """Return the kernel by the asked engine, or by the first of the ladder that is exact."""
@@ -252,12 +255,14 @@ class _Job:
             memory_limit=self.limit,
         )
         shapes = tuple((tuple(t.shape), t.dtype) for batch in self.batches for t in tensors(batch))
-        seen = (tuple((line.parameter, line.operations) for line in lines), shapes, self.network.dtype)
+        seen = (tuple((line.parameter, line.operations) for line in lines), shapes, self.network.dtype, self.asked)
         checked = _CHECKED.setdefault(self.model, set())
-        if seen not in checked:
+        known = all(isinstance(part, Hashable) for part in self.asked)
+        if not known or seen not in checked:
             if problem := structured_disagreement(self.network, self.batches[0], other):
                 raise UnfollowedError(problem)
-            checked.add(seen)
+            if known:
+                checked.add(seen)
         return found, lines
 
     def _autograd(self, reason: str) -> Found:

@@ -95,7 +95,7 @@ def pairs_seconds(x: Sizes, layout: Layout, work: torch.dtype, symmetric: bool, 
     speed = rate.pairs64 if work == torch.float64 else rate.pairs
     if layout == "full":
         # Products of a sample's few outputs with another's are small matrices, at a third of the speed.
-        carried = pairs / x.s * x.c * x.r
+        carried = pairs / max(1, x.s) * x.c * x.r
         return pairs * (x.q + x.c * x.r) / speed + carried * x.c / (speed / 3)
     inputs = x.q * x.c / x.outputs  # A Aᵀ is kept for all outputs
     return pairs * (inputs + x.c * x.r) / speed + pairs * x.c / rate.elementwise

@@ -4,7 +4,7 @@ Memory: the activations of one forward pass, their gradients for one output (all
 networks without positions), and one layer's blocks. Never a Jacobian of the whole network.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,16 @@ from ntk_monitor.batch import Batch, size
 from ntk_monitor.engines.contract import Layout
 from ntk_monitor.engines.structured.contraction import Factors, Gram, contract
 from ntk_monitor.engines.structured.operations import Matrix, Table, scattered
-from ntk_monitor.engines.structured.recording import SharedValueError, Side, located, needed, recorded, stacked
+from ntk_monitor.engines.structured.recording import (
+    SharedValueError,
+    Side,
+    cotangent,
+    located,
+    needed,
+    recorded,
+    stacked,
+)
+from ntk_monitor.engines.structured.samples import Axis
 from ntk_monitor.engines.structured.tap import Operation, Source, UnfollowedError
 from ntk_monitor.network import Network
 
@@ -71,14 +80,16 @@ def structured_gram(  # noqa: PLR0913 - one kernel
         side = recorded(network, batch)
         if memory_limit is not None and (wanted := needed(side, layout)) > memory_limit:
             raise TooLargeError(f"gradients of activations take {wanted / 2**20:.0f} MiB")
+        # In float64 a trace is taken output by output, so that casts to float32 inside the network round as autograd's.
+        rotate = layout == "trace" and network.dtype != torch.float64
         try:
-            located(side)
+            located(side, rotate=rotate)
         except SharedValueError:
             side = recorded(network, batch, values=False)
-            located(side)
+            located(side, rotate=rotate)
         sides.append(side)
     for side in sides[1:]:
-        if [o.name for o in side.operations] != [o.name for o in sides[0].operations]:
+        if [_trace(o) for o in side.operations] != [_trace(o) for o in sides[0].operations]:
             raise UnfollowedError("the two batches take different paths through the network")
     job = _Job(network, sides, layout, group, scale, work, (size(inputs), size(inputs if other is None else other)))
     return job.run()
@@ -198,7 +209,8 @@ class _Job:
             operation, out = self._sides[0].operations[k], self._sides[0].operations[k].outs[0]
             bias = by_use.get((k, 1)) if i == 0 else None
             single = all(
-                len(s.operations[k].outs[0].shape) == 2 and s.operations[k].outs[0].shape[0] == len(s.y)
+                s.operations[k].outs[0].layout == Axis(0, len(s.y))
+                and s.operations[k].outs[0].shape[:-1] == (len(s.y),)
                 for s in self._sides
             )
             whole = bias is not None and operation.sources[1].exact and operation.sources[1].value.dim() == 1
@@ -243,7 +255,10 @@ class _Job:
         operation = self._sides[0].operations[k]
         source = operation.sources[i].value
         root = self._network.parameters[unit.parameter]
-        diagonal = self._scale[unit.parameter].view(root.shape).contiguous()
+        diagonal = torch.empty_like(root, memory_format=torch.preserve_format).detach()
+        if diagonal.stride() != root.stride():
+            diagonal = torch.empty_strided(root.shape, root.stride(), dtype=root.dtype, device=root.device)
+        diagonal.copy_(self._scale[unit.parameter].view(root.shape))
         offset = source.storage_offset() - root.storage_offset()
         return operation.matrix(i, diagonal.as_strided(source.shape, source.stride(), offset))
 
@@ -341,12 +356,18 @@ class _Job:
         found = root.new_zeros(len(y), len(classes), root.numel())
         for n in range(len(y)):
             for i, c in enumerate(classes):
-                cotangent = torch.zeros_like(y)
-                cotangent[n, c] = 1
-                (g,) = torch.autograd.grad(y, root, cotangent, retain_graph=True, allow_unused=True)
+                only = torch.zeros_like(y)
+                only[n] = cotangent(side, c)[n]
+                (g,) = torch.autograd.grad(y, root, only, retain_graph=True, allow_unused=True)
                 if g is not None:
                     found[n, i] = g.to_dense().flatten()
         return found
+
+
+def _trace(operation: Operation) -> tuple[Any, ...]:
+    """Return what two batches must agree in to be contracted with each other."""
+    views = isinstance(operation, Matrix)
+    return (operation.name, *((s.parameters, s.geometry if views and s.exact else None) for s in operation.sources))
 
 
 def _key(operation: Operation, source: Source, index: int) -> tuple[Any, ...]:
@@ -364,8 +385,12 @@ def _pulled(jacobian: Tensor, value: Tensor, root: Tensor) -> Tensor:
         return jacobian
     n, c, _ = jacobian.shape
     rows = jacobian.reshape(n * c, *value.shape).to(value.dtype)
+    found: Sequence[Tensor | None]
     try:
-        (found,) = torch.autograd.grad(value, root, rows, retain_graph=True, is_grads_batched=True)
+        found = torch.autograd.grad(value, root, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
     except RuntimeError:  # an operation without a batching rule
-        found = torch.stack([torch.autograd.grad(value, root, row, retain_graph=True)[0] for row in rows])
-    return found.reshape(n, c, -1).to(root.dtype)
+        each: list[Any] = [torch.autograd.grad(value, root, row, retain_graph=True, allow_unused=True) for row in rows]
+        found = [None if any(part[0] is None for part in each) else torch.stack([part[0] for part in each])]
+    if found[0] is None:  # made in one call with a tensor that comes from the parameter, but not from it
+        return jacobian.new_zeros(n, c, root.numel())
+    return found[0].reshape(n, c, -1).to(root.dtype)

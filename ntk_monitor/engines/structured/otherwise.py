@@ -121,7 +121,9 @@ def _elementwise(tap: Tap, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _moved(tap: Tap, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tap the sources themselves: each element of one that was expanded over the samples belongs to one of them."""
-    if not tap.moves or any(_tied_to_samples(s.value) is False for s in sources_of(tap, *tensors_of((args, kwargs)))):
+    sources = sources_of(tap, *tensors_of((args, kwargs)))
+    apart = tap.samples == 1 or all(_tied_to_samples(s.value) for s in sources)
+    if not tap.moves or not apart:
         return func(*args, **kwargs)
 
     def tapped(t: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntk_monitor.batch import Batch, tensors
+from ntk_monitor.batch import Batch, size, tensors
 from ntk_monitor.engines.contract import Layout
 from ntk_monitor.engines.structured import samples
 from ntk_monitor.engines.structured.operations import Value
@@ -32,6 +32,8 @@ class Side:
     operations: list[Operation]
     attached: list[str]
     kept: dict[int, Any] = field(default_factory=dict)
+    basis: Tensor | None = None
+    """Orthonormal basis of the outputs that stands in their place, (C, C)."""
     gradients: list[list[Tensor | None]] = field(default_factory=list)
 
 
@@ -42,7 +44,7 @@ def recorded(network: Network, inputs: Batch, *, values: bool = True) -> Side:
         UnfollowedError: the forward pass does what interception cannot see through.
     """
     tap = Tap(network.parameters, RULES, otherwise)
-    tap.moves = values
+    tap.moves, tap.samples = values, size(inputs)
     tap.mark(tensors(inputs))
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -57,11 +59,12 @@ def recorded(network: Network, inputs: Batch, *, values: bool = True) -> Side:
     return Side(y, tap.operations, attached)
 
 
-def located(side: Side) -> None:
+def located(side: Side, *, rotate: bool = False) -> None:
     """Find the samples in every operation's output; forget operations that the outputs do not depend on.
 
-    The first of the two backward passes is that of the first output, whose gradients are kept for the kernel. Where
-    that output does not reach an operation, two passes with a random combination of all outputs follow.
+    Two backward passes for a combination of all outputs: a single output may not reach every position. With one output
+    the first pass is kept for the kernel. With `rotate` it is kept too, as the first vector of an orthonormal basis of
+    the outputs, in any of which a trace kernel is the same.
 
     Raises:
         CoupledError: samples depend on each other.
@@ -70,66 +73,64 @@ def located(side: Side) -> None:
     if not y.requires_grad:
         side.operations = []
         return
-    u = torch.zeros_like(y)
-    u[:, 0] = 1
+    basis = _basis(y)
+    u = basis[0].expand_as(y)
     first = backward(side, u)
     if len(y) == 1:
         for operation in side.operations:
             for out in operation.outs:
-                out.layout = samples.everything([s for d, s in enumerate(out.shape) if d not in out.channels], y.device)
+                places = [s for d, s in enumerate(out.shape) if d not in out.channels]
+                out.layout = samples.Axis(0, 1) if places else samples.everything(places, y.device)
     else:
         _lay_out(side, u, first)
-    side.gradients = first
+    if rotate or y.shape[1] == 1:
+        side.basis, side.gradients = basis, first
+
+
+def _basis(y: Tensor) -> Tensor:
+    """Return an orthonormal basis (C, C) whose first vector has no zero: a Householder reflection."""
+    outputs = y.shape[1]
+    if outputs == 1:
+        return y.detach().new_ones(1, 1)
+    generator = torch.Generator().manual_seed(1)
+    v = torch.rand(outputs, generator=generator, dtype=torch.float64) + 0.5
+    v = v * torch.where(torch.arange(outputs) % 2 == 0, -1.0, 1.0) / v.norm()
+    w = v.clone()
+    w[0] -= 1
+    w = w / w.norm()
+    basis: Tensor = torch.eye(outputs, dtype=torch.float64) - 2 * w[:, None] * w
+    return basis.to(y.device, y.dtype)
 
 
 def _lay_out(side: Side, u: Tensor, first: list[list[Tensor | None]]) -> None:
-    scale = _scale(side, first)
+    # The narrowest dtype inside decides how many powers of two there are.
+    half = any(g is not None and g.dtype == torch.float16 for part in first for g in part)
+    dtype = torch.float16 if half else side.y.dtype
+    base = samples.base(dtype)
+
+    def scaled(digit: int | None = None) -> Tensor:
+        return samples.scales(len(u), dtype, u.device, digit).to(u.dtype)
+
+    scale = scaled()
     second = backward(side, scale[:, None] * u)
-    missing = []
+    passes: list[list[list[Tensor | None]]] = []
     for k, operation in enumerate(side.operations):
         for j, out in enumerate(operation.outs):
             a, b = first[k][j], second[k][j]
-            if a is not None and b is not None and a.numel() and bool(a.any()):
-                out.layout = samples.axis_layout(a, b, out.channels, scale)
+            if a is None or b is None or not a.numel():
+                continue
+            out.layout = samples.axis_layout(a, b, out.channels, scale)
             if out.layout is None:
-                missing.append((k, j))
+                if not passes:
+                    count = samples.digits(len(scale), base)
+                    passes = [backward(side, scaled(digit)[:, None] * u) for digit in range(count)]
+                one = [found for p in passes if (found := p[k][j]) is not None]
+                out.layout = samples.owners(a, one, out.channels, len(scale), base)
+            if out.layout is None:
+                name = ", ".join(dict.fromkeys(p for s in operation.sources for p in s.parameters))
+                kind = SharedValueError if isinstance(operation, Value) else CoupledError
+                raise kind(f"samples of the batch depend on each other in {operation.name} ({name})")
         second[k] = []
-    if missing:
-        _search(side, missing)
-
-
-def _scale(side: Side, gradients: list[list[Tensor | None]], digit: int | None = None) -> Tensor:
-    # The narrowest dtype inside decides how many powers of two there are.
-    half = any(g is not None and g.dtype == torch.float16 for part in gradients for g in part)
-    return samples.scales(len(side.y), torch.float16 if half else side.y.dtype, side.y.device, digit).to(side.y.dtype)
-
-
-def _search(side: Side, missing: list[tuple[int, int]]) -> None:
-    """Find the samples where the first output did not tell, or where they do not lie along an axis."""
-    y = side.y
-    generator = torch.Generator().manual_seed(1)
-    u = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-    first = backward(side, u)
-    scale = _scale(side, first)
-    second = backward(side, scale[:, None] * u)
-    base = 8 if bool(scale.max() < 2**8) and len(y) > 8 else 16
-    passes: list[list[list[Tensor | None]]] = []
-    for k, j in missing:
-        operation, a, b = side.operations[k], first[k][j], second[k][j]
-        out = operation.outs[j]
-        if a is None or b is None or not a.numel():
-            continue
-        out.layout = samples.axis_layout(a, b, out.channels, scale)
-        if out.layout is None:
-            if not passes:
-                count = samples.digits(len(y), base)
-                passes = [backward(side, _scale(side, first, digit)[:, None] * u) for digit in range(count)]
-            one = [found for p in passes if (found := p[k][j]) is not None]
-            out.layout = samples.owners(a, one, out.channels, len(y), base)
-        if out.layout is None:
-            name = ", ".join(dict.fromkeys(p for s in operation.sources for p in s.parameters))
-            kind = SharedValueError if isinstance(operation, Value) else CoupledError
-            raise kind(f"samples of the batch depend on each other in {operation.name} ({name})")
 
 
 class SharedValueError(UnfollowedError):
@@ -151,15 +152,13 @@ def backward(side: Side, cotangent: Tensor) -> list[list[Tensor | None]]:
 
 
 def stacked(side: Side, classes: range) -> list[list[Tensor | None]]:
-    """Return gradients (C', *shape) for these outputs; operations without samples have none."""
+    """Return gradients (C', *shape) for these outputs, or vectors of the basis; empty operations have none."""
     result: list[list[Tensor | None]] = [[None] * len(o.outs) for o in side.operations]
     for i, c in enumerate(classes):
-        cotangent = torch.zeros_like(side.y)
-        cotangent[:, c] = 1
         ready, side.gradients = (side.gradients, []) if c == 0 else ([], side.gradients)
-        for k, part in enumerate(ready or backward(side, cotangent)):
+        for k, part in enumerate(ready or backward(side, cotangent(side, c))):
             for j, g in enumerate(part):
-                if g is None or side.operations[k].outs[j].layout is None:
+                if g is None or side.operations[k].outs[j].layout is None or not g.numel():
                     continue
                 if len(classes) == 1:
                     result[k][j] = g[None]
@@ -169,6 +168,15 @@ def stacked(side: Side, classes: range) -> list[list[Tensor | None]]:
                     stack = result[k][j] = g.new_zeros(len(classes), *g.shape)
                 stack[i] = g
     return result
+
+
+def cotangent(side: Side, c: int) -> Tensor:
+    """Return what is propagated for output c, (N, C)."""
+    if side.basis is not None:
+        return side.basis[c].expand_as(side.y)
+    found = torch.zeros_like(side.y)
+    found[:, c] = 1
+    return found
 
 
 def needed(side: Side, layout: Layout) -> int:

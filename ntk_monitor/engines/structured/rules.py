@@ -27,14 +27,13 @@ def _transposed(t: Tensor) -> Tensor:
 def _linear(tap: Tap, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002 - torch's name
     if not tap.is_data(input) or tap.is_data(weight) or input.is_complex() or weight.dim() != 2:
         return NotImplemented
+    if tap.is_data(bias) or (bias is not None and bias.shape != weight.shape[:1]):
+        return NotImplemented
     leaf = needs_leaf(input)
     y = F.linear(input, tap.alias(weight, leaf), tap.alias(bias, leaf))
-    if not tap.is_data(bias):
-        x = input.detach()
-        known = tap.source(weight) is not None
-        _record_matrix(tap, "linear", y, x, sources_of(tap, weight, bias), (-1,), lambda: x, (_same, _same), known)
-        return y
-    return NotImplemented
+    x, known = input.detach(), tap.source(weight) is not None
+    _record_matrix(tap, "linear", y, x, sources_of(tap, weight, bias), (-1,), lambda: x, (_same, _same), known)
+    return y
 
 
 def _record_matrix(
@@ -77,7 +76,7 @@ def _mm(tap: Tap, input: Tensor, mat2: Tensor, **options: Any) -> Any:  # noqa: 
 
 def _addmm(tap: Tap, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:  # noqa: A002
     plain = beta == 1 and alpha == 1 and tap.is_data(mat1) and tap.source(mat2) is not None
-    if not plain or tap.is_data(input) or input.dim() != 1 or mat1.is_complex():
+    if not plain or tap.is_data(input) or input.shape != mat2.shape[1:] or mat1.is_complex():
         return NotImplemented
     leaf = needs_leaf(mat1)
     y, x = torch.addmm(tap.alias(input, leaf), mat1, tap.alias(mat2, leaf)), mat1.detach()

@@ -73,15 +73,24 @@ class Owners:
 Layout: TypeAlias = Axis | Owners
 
 
+# How many powers of two the exponents of a dtype leave room for, gradients of any size allowed for.
+_POWERS = {torch.float16: 8, torch.float64: 512}
+
+
 def scales(samples: int, dtype: torch.dtype, device: torch.device, digit: int | None = None) -> Tensor:
     """Return sₙ = 2^kₙ, (N,): distinct where N allows it, else drawn; with `digit`, k is that digit of n."""
-    base = 8 if dtype == torch.float16 else 16
     if digit is not None:
-        exponents = torch.arange(samples) // base**digit % base
+        exponents = torch.arange(samples) // base(dtype) ** digit % base(dtype)
     else:
-        generator = torch.Generator().manual_seed(0)
-        exponents = torch.cat([torch.randperm(base, generator=generator) for _ in range(-(-samples // base))])[:samples]
+        powers, generator = _POWERS.get(dtype, 64), torch.Generator().manual_seed(0)
+        drawn = [torch.randperm(min(powers, samples), generator=generator) for _ in range(-(-samples // powers))]
+        exponents = torch.cat(drawn)[:samples] if samples > powers else drawn[0]
     return torch.exp2(exponents.double()).to(device, dtype)
+
+
+def base(dtype: torch.dtype) -> int:
+    """Return the base in which sample indices are written for this dtype."""
+    return 8 if dtype == torch.float16 else 16
 
 
 def digits(samples: int, base: int) -> int:

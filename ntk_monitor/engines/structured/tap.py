@@ -128,7 +128,7 @@ class Tap(TorchFunctionMode):
         self._storages = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
         self._marked: dict[int, weakref.ref[Tensor]] = {}
         self.operations: list[Operation] = []
-        self.moves = True
+        self.moves, self.samples = True, 0
         self._views: list[tuple[Tensor, int]] = []
 
     def mark(self, tensors: Iterable[Tensor]) -> None:
