@@ -485,8 +485,9 @@ def test_a_large_network_gets_the_small_kernel_and_a_word_of_warning() -> None:
     model, x = nn.Linear(2000, 1000), torch.randn(12, 2000)
     monitor = ntk.Monitor(model, None, (x, torch.zeros(12, dtype=torch.long)), strict=True, outputs="trace")
     monitor.probe = ntk.Probe(torch.randn(64, 2000))
+    rows = ntk.Monitor(model, None, (x, torch.zeros(12, dtype=torch.long)), strict=True, outputs="trace", engine="rows")
     with pytest.raises(InputError, match=r"7.5 GiB \(1000 x 2,001,000 parameters\); select some"):
-        monitor._weigh("full", 1000, 2_001_000)
+        rows._weigh("full", 1000, 2_001_000)
     with pytest.warns(NTKWarning, match=r"needs about 8e\+13 multiply-adds"):
         monitor._weigh("full", 100, 2_001_000)
     monitor._weighed = False

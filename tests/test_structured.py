@@ -648,3 +648,18 @@ def test_an_operation_without_rows_is_followed() -> None:
 def test_a_transposed_convolution_of_one_sample_is_followed() -> None:
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64)
     _followed(nn.Sequential(nn.ConvTranspose2d(2, 2, 2, stride=2), nn.Tanh()).double(), x)
+
+
+@pytest.mark.parametrize("way", ["gradients", "pairs"])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_outputs_may_reach_different_uses_of_a_weight(
+    way: str, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        once = torch.tanh(m(x))
+        return torch.stack([once.sum((1, 2)), m(once).sum((1, 2)), (once * m(once)).sum((1, 2))], 1)
+
+    monkeypatch.setattr(contraction, "route", lambda *_: way)
+    x = torch.randn(5, positions, 4, dtype=torch.float64)
+    same_as_rows(nn.Linear(4, 4).double(), x, forward=forward)
+    same_as_rows(nn.Linear(4, 4).double(), x, x[:3] + 1, forward=forward)

@@ -163,6 +163,8 @@ class Factors:
     padded: Callable[[], Tensor] | None = None
     padded_gradient: Callable[[], Tensor] | None = None
     offsets: tuple[int, ...] = ()
+    uses: tuple[int, ...] = ()
+    """Which recorded operations are in it."""
 
 
 def contract(  # noqa: PLR0913 - one weight

@@ -4,8 +4,9 @@ Memory: the activations of one forward pass, their gradients for one output (all
 networks without positions), and one layer's blocks. Never a Jacobian of the whole network.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +32,9 @@ from ntk_monitor.network import Network
 
 _KEPT_BYTES = 256 * 2**20
 """Inputs of convolutions, laid out as matrices, that are kept from one output to the next."""
+
+_HELD_BYTES = 32 * 2**20
+"""Gradients of one layer without positions that wait for those of the other outputs."""
 
 _STACKED_BYTES = 2**20
 """Gradients of all outputs are treated together below this size."""
@@ -124,6 +128,8 @@ class _Job:
         self._outputs = sides[0].y.shape[1]
         self._grams: dict[str, Gram] = {}
         self._routes: dict[str, str] = {}
+        self._made: dict[Any, dict[int, Tensor]] = {}
+        self._waiting: dict[Any, list[Any]] = {}
         self._keeps: dict[int, bool] = {}
         self._promised: dict[int, int] = {}
 
@@ -140,6 +146,7 @@ class _Job:
             gradients = [stacked(s, classes) for s in self._sides]
             for unit in units:
                 self._add(unit, gradients, classes)
+        self._finish()
         found = {key: gram.finished() for key, gram in self._grams.items()}
         return found, [self._line(name) for name in self._network.parameters]
 
@@ -228,14 +235,11 @@ class _Job:
             factors = [self._factors(side, g, unit) for side, g in zip(self._sides, gradients, strict=True)]
             if any(f is None for f in factors):
                 return
-            weight = self._weight(unit)
-            made = self._sides[0].kept.setdefault(-1 - unit.uses[0][0], {})
             left, right = factors[0], factors[1] if len(factors) > 1 else None
             assert left is not None
-            way: str = contract(gram, left, right, chosen, ones=unit.bias is not None, weight=weight, made=made)
-            if unit.bias is not None:
-                self._routes[unit.bias] = way
-        elif unit.kind == "table":
+            self._add_factors(unit, left, right, classes)
+            return
+        if unit.kind == "table":
             way = self._add_table(gram, unit, gradients, chosen)
         else:
             parts = [self._jacobian(s, g, unit, classes) for s, g in zip(self._sides, gradients, strict=True)]
@@ -247,6 +251,44 @@ class _Job:
             gram.rows(parts[0], parts[1] if len(parts) > 1 else None, chosen)
             way = "per-sample gradients" if unit.parameter not in self._sides[0].attached else "rows"
         self._routes[unit.parameter] = way
+
+    def _add_factors(self, unit: _Unit, left: Factors, right: Factors | None, classes: range) -> None:
+        """Contract a weight now, or with the gradients of all outputs once they are there: one long product."""
+        single = left.sizes[1] == 1 and (right is None or right.sizes[1] == 1)
+        held = left.sizes[0] * left.channels * self._outputs * left.inputs().element_size() if single else math.inf
+        if self._layout == "trace" and len(classes) < self._outputs and held <= _HELD_BYTES and not self._scale:
+            waiting = self._waiting.setdefault((unit.parameter, left.uses), [])
+            gradient = left.gradient(), None if right is None else right.gradient()
+            waiting.append((unit, left, right, gradient))
+            return
+        self._contract(unit, left, right, slice(classes.start, classes.stop))
+
+    def _contract(self, unit: _Unit, left: Factors, right: Factors | None, classes: slice) -> None:
+        made = self._made.setdefault((unit.parameter, left.uses, None if right is None else right.uses), {})
+        way = contract(
+            self._gram(unit.parameter),
+            left,
+            right,
+            classes,
+            ones=unit.bias is not None,
+            weight=self._weight(unit),
+            made=made,
+        )
+        self._routes[unit.parameter] = way
+        if unit.bias is not None:
+            self._routes[unit.bias] = way
+
+    def _finish(self) -> None:
+        """Contract what waited for the gradients of all outputs."""
+        for waiting in self._waiting.values():
+            unit, left, right, _ = waiting[0]
+            joined = torch.cat([gradients[0] for *_, gradients in waiting], 1)
+            left = replace(left, classes=len(waiting), gradient=lambda joined=joined: joined)
+            if right is not None:
+                other = torch.cat([g for *_, (_, g) in waiting if g is not None], 1)
+                right = replace(right, classes=len(waiting), gradient=lambda other=other: other)
+            self._contract(unit, left, right, slice(0, self._outputs))
+        self._waiting.clear()
 
     def _weight(self, unit: _Unit) -> Tensor | None:
         if not self._scale:
@@ -281,6 +323,7 @@ class _Job:
             parts[0].classes,
             gradient=lambda: torch.cat([p.gradient() for p in parts], 2),
             inputs=lambda: torch.cat([p.inputs() for p in parts], 1),
+            uses=tuple(k for k, *_ in uses),
         )
 
     def _part(self, side: Side, k: int, operation: Matrix, g: Tensor) -> Factors:
@@ -291,6 +334,7 @@ class _Job:
             len(g),
             gradient=lambda: operation.gradient(g).to(dtype),
             inputs=lambda: self._kept(side, k, operation.arranged_inputs),
+            uses=(k,),
         )
         shifts = operation.shifts
         # Patches are quicker, but only as long as they need not be made again for each output.

@@ -124,10 +124,11 @@ def axis_layout(first: Tensor, second: Tensor, channels: Sequence[int], scale: T
 
 def _close(scaled: Tensor, second: Tensor, along: Tensor, channels: Sequence[int]) -> bool:
     """True when two gradients agree up to rounding, measured by the largest channel at each position."""
-    peak = scaled.abs()
+    peak, eps = scaled.abs(), torch.finfo(scaled.dtype).eps
     if channels:
         peak = peak.amax(tuple(channels), keepdim=True)
-    bound = peak * (_ULPS * torch.finfo(scaled.dtype).eps) + along * torch.finfo(scaled.dtype).tiny
+    # Below ε² of the largest gradient nothing is resolved: products with a softmax that has underflowed, say.
+    bound = peak * (_ULPS * eps) + along * ((peak / along).max() * eps**2)
     return bool(((second - scaled).abs_() <= bound).all())
 
 
@@ -146,7 +147,7 @@ def owners(first: Tensor, passes: Sequence[Tensor], channels: Sequence[int], sam
 
     reference = flat(first)
     peak, place = reference.abs().max(1, keepdim=True)
-    alive = peak[:, 0] > torch.finfo(first.dtype).tiny
+    alive = peak[:, 0] > peak.max() * torch.finfo(first.dtype).eps ** 2
     owner = torch.zeros(len(reference), dtype=torch.long, device=first.device)
     tolerance = _ULPS * torch.finfo(first.dtype).eps
     for digit, gradient in enumerate(passes):
