@@ -17,6 +17,7 @@ from ntk_monitor.engines.structured.operations import Contraction, Local, Matrix
 from ntk_monitor.engines.structured.recording import Side, needed
 from ntk_monitor.engines.structured.samples import Axis
 from ntk_monitor.engines.structured.tap import Operation
+from ntk_monitor.engines.structured.units import Unit, units_of
 from ntk_monitor.engines.watched import Watched
 from ntk_monitor.engines.work import Work
 
@@ -45,7 +46,7 @@ class Layers:
         self._item, self._full = seen.network.dtype.itemsize, seen.layout == "full"
         n = len(side.y)
         self._job = structured._Job(seen.network, [side], seen.layout, lambda _: "", {}, seen.work, (n, n))
-        self.units = self._job._units()
+        self.units = units_of(seen.network, [side], lambda _: "", weighted=False)
         stacked = not side.attached and needed(side, "full") <= structured._STACKED_BYTES
         self.steps = 1 if self._full or stacked else seen.outputs
         """Times that all parameters are contracted."""
@@ -66,7 +67,7 @@ class Layers:
         forward = self._clock.seconds(seen.meter.forward(), share)
         return forward + looked + tapped + (seen.outputs + 1) * (backward + tapped / 2)
 
-    def part(self, unit: structured._Unit, n: int, m: int, symmetric: bool) -> Part:
+    def part(self, unit: Unit, n: int, m: int, symmetric: bool) -> Part:
         """Return what a unit costs in one of the `steps`, for n row and m column samples."""
         uses = [(k, i) for k, i in unit.uses if any(o.layout is not None for o in self._side.operations[k].outs)]
         if not uses and unit.parameter not in self._side.attached:

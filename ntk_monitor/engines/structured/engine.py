@@ -7,7 +7,6 @@ networks without positions), and one layer's blocks. Never a Jacobian of the who
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from ntk_monitor.engines.structured.recording import (
     recorded,
     stacked,
 )
-from ntk_monitor.engines.structured.samples import Axis
-from ntk_monitor.engines.structured.tap import Operation, Source, UnfollowedError
+from ntk_monitor.engines.structured.tap import Operation, UnfollowedError
+from ntk_monitor.engines.structured.units import Unit, units_of
 from ntk_monitor.network import Network
 
 _KEPT_BYTES = 256 * 2**20
@@ -99,17 +98,6 @@ def structured_gram(  # noqa: PLR0913 - one kernel
     return job.run()
 
 
-@dataclass(slots=True)
-class _Unit:
-    """Parameters contracted together: one weight by its factors, or one parameter by its per-sample gradients."""
-
-    parameter: str
-    uses: list[tuple[int, int]]
-    """(operation, index of the source in it)"""
-    kind: str
-    bias: str | None = None
-
-
 class _Job:
     """One call of `structured_gram`."""
 
@@ -134,7 +122,7 @@ class _Job:
         self._promised: dict[int, int] = {}
 
     def run(self) -> tuple[dict[str, Tensor], list[Line]]:
-        units = self._units()
+        units = units_of(self._network, self._sides, self._group, weighted=bool(self._scale))
         side = self._sides[0]
         # Gradients of all outputs at once where they are small, for the sake of few calls.
         together = self._layout == "full" or (not side.attached and needed(side, "full") <= _STACKED_BYTES)
@@ -169,66 +157,7 @@ class _Job:
             names.append("not recognised")
         return Line(name, tuple(dict.fromkeys(names)), self._routes.get(name, "not reached"))
 
-    def _units(self) -> list[_Unit]:
-        """Decide, from what was recorded, how each parameter is contracted."""
-        uses: dict[str, list[tuple[int, int]]] = {}
-        for k, operation in enumerate(self._sides[0].operations):
-            for i, source in enumerate(operation.sources):
-                for name in source.parameters:
-                    uses.setdefault(name, []).append((k, i))
-        attached = {name for side in self._sides for name in side.attached}
-        units = []
-        for name in self._network.parameters:
-            if name in attached:
-                units.append(_Unit(name, uses.get(name, []), "dense"))
-            elif name in uses:
-                units += self._split(name, uses[name])
-        return self._with_biases(units)
-
-    def _split(self, name: str, uses: list[tuple[int, int]]) -> list[_Unit]:
-        """Return what is contracted for one parameter: together, unless its uses are of disjoint parts of it."""
-        operations = self._sides[0].operations
-        parts = [(operations[k], operations[k].sources[i], i) for k, i in uses]
-        if not all(source.exact for _, source, _ in parts):
-            return [_Unit(name, uses, "dense")]
-        if all(isinstance(o, Matrix) and o.is_weight(i) and o.groups == 1 for o, _, i in parts):
-            groups: dict[Any, list[tuple[int, int]]] = {}
-            spans = {}
-            for use, (operation, source, i) in zip(uses, parts, strict=True):
-                key = _key(operation, source, i)
-                groups.setdefault(key, []).append(use)
-                spans[key] = source.span
-            ordered = sorted(spans.values())
-            if all(left[1] < right[0] for left, right in pairwise(ordered)):
-                return [_Unit(name, group, "factors") for group in groups.values()]
-        table, source, _ = parts[0]
-        whole = len(parts) == 1 and source.value.numel() == self._network.parameters[name].numel()
-        return [_Unit(name, uses, "table" if isinstance(table, Table) and whole and not self._scale else "dense")]
-
-    def _with_biases(self, units: list[_Unit]) -> list[_Unit]:
-        """Let a bias share the contraction of its weight where there is one position per sample."""
-        by_use = {unit.uses[0]: unit for unit in units if unit.kind == "dense" and len(unit.uses) == 1}
-        taken: set[str] = set()
-        for unit in units:
-            if unit.kind != "factors" or len(unit.uses) != 1 or self._scale:
-                continue
-            k, i = unit.uses[0]
-            operation, out = self._sides[0].operations[k], self._sides[0].operations[k].outs[0]
-            bias = by_use.get((k, 1)) if i == 0 else None
-            single = all(
-                s.operations[k].outs[0].layout == Axis(0, len(s.y))
-                and s.operations[k].outs[0].shape[:-1] == (len(s.y),)
-                for s in self._sides
-            )
-            whole = bias is not None and operation.sources[1].exact and operation.sources[1].value.dim() == 1
-            if bias is None or not (whole and single and out.channels == (1,)):
-                continue
-            if self._group(bias.parameter) == self._group(unit.parameter):
-                unit.bias = bias.parameter
-                taken.add(bias.parameter)
-        return [unit for unit in units if unit.parameter not in taken]
-
-    def _add(self, unit: _Unit, gradients: list[list[list[Tensor | None]]], classes: range) -> None:
+    def _add(self, unit: Unit, gradients: list[list[list[Tensor | None]]], classes: range) -> None:
         gram = self._gram(unit.parameter)
         chosen = slice(classes.start, classes.stop)
         if unit.kind == "factors":
@@ -252,7 +181,7 @@ class _Job:
             way = "per-sample gradients" if unit.parameter not in self._sides[0].attached else "rows"
         self._routes[unit.parameter] = way
 
-    def _add_factors(self, unit: _Unit, left: Factors, right: Factors | None, classes: range) -> None:
+    def _add_factors(self, unit: Unit, left: Factors, right: Factors | None, classes: range) -> None:
         """Contract a weight now, or with the gradients of all outputs once they are there: one long product."""
         single = left.sizes[1] == 1 and (right is None or right.sizes[1] == 1)
         held = left.sizes[0] * left.channels * self._outputs * left.inputs().element_size() if single else math.inf
@@ -263,7 +192,7 @@ class _Job:
             return
         self._contract(unit, left, right, slice(classes.start, classes.stop))
 
-    def _contract(self, unit: _Unit, left: Factors, right: Factors | None, classes: slice) -> None:
+    def _contract(self, unit: Unit, left: Factors, right: Factors | None, classes: slice) -> None:
         made = self._made.setdefault((unit.parameter, left.uses, None if right is None else right.uses), {})
         way = contract(
             self._gram(unit.parameter),
@@ -290,7 +219,7 @@ class _Job:
             self._contract(unit, left, right, slice(0, self._outputs))
         self._waiting.clear()
 
-    def _weight(self, unit: _Unit) -> Tensor | None:
+    def _weight(self, unit: Unit) -> Tensor | None:
         if not self._scale:
             return None
         k, i = unit.uses[0]
@@ -304,7 +233,7 @@ class _Job:
         offset = source.storage_offset() - root.storage_offset()
         return operation.matrix(i, diagonal.as_strided(source.shape, source.stride(), offset))
 
-    def _factors(self, side: Side, gradients: list[list[Tensor | None]], unit: _Unit) -> Factors | None:
+    def _factors(self, side: Side, gradients: list[list[Tensor | None]], unit: Unit) -> Factors | None:
         uses = []
         for k, _ in unit.uses:
             operation, g = side.operations[k], gradients[k][0]
@@ -361,7 +290,7 @@ class _Job:
             side.kept[k] = a
         return a
 
-    def _add_table(self, gram: Gram, unit: _Unit, gradients: list[list[list[Tensor | None]]], classes: slice) -> str:
+    def _add_table(self, gram: Gram, unit: Unit, gradients: list[list[list[Tensor | None]]], classes: slice) -> str:
         (k, _), picked = unit.uses[0], []
         for side, g in zip(self._sides, gradients, strict=True):
             operation, own = side.operations[k], g[k][0]
@@ -378,7 +307,7 @@ class _Job:
         gram.rows(dense[0], dense[1] if len(dense) > 1 else None, classes)
         return "rows of the table"
 
-    def _jacobian(self, side: Side, gradients: list[list[Tensor | None]], unit: _Unit, classes: range) -> Tensor | None:
+    def _jacobian(self, side: Side, gradients: list[list[Tensor | None]], unit: Unit, classes: range) -> Tensor | None:
         """Return J (N, C', p) of one parameter: the sum over all its uses, recorded and missed."""
         root = self._network.parameters[unit.parameter]
         total: Tensor | None = None
@@ -412,15 +341,6 @@ def _trace(operation: Operation) -> tuple[Any, ...]:
     """Return what two batches must agree in to be contracted with each other."""
     views = isinstance(operation, Matrix)
     return (operation.name, *((s.parameters, s.geometry if views and s.exact else None) for s in operation.sources))
-
-
-def _key(operation: Operation, source: Source, index: int) -> tuple[Any, ...]:
-    """Return what two uses of a weight must share for their positions to be put behind each other."""
-    value = source.value.detach()
-    matrix = operation.matrix(index, value)
-    if matrix.untyped_storage().data_ptr() == value.untyped_storage().data_ptr():
-        return (matrix.storage_offset(), tuple(matrix.shape), tuple(matrix.stride()))
-    return (operation.name, *source.geometry)
 
 
 def _pulled(jacobian: Tensor, value: Tensor, root: Tensor) -> Tensor:
