@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from ntk_monitor.engines.structured.operations import Elementwise, normalised
 from ntk_monitor.engines.structured.tap import Rule, Tap, needs_leaf, sources_of
 
+_KEPT_BYTES = 4 * 2**20
+"""Standardised inputs up to this size are kept from one output to the next."""
+
 
 def _affine(
     tap: Tap,
@@ -31,9 +34,10 @@ def _affine(
     def slope(index: int, g: Tensor) -> Tensor:
         if not scaled or index > 0:
             return g
-        if not made:
-            made.append(standard())
-        return g * made[0].to(g.dtype)
+        found = made[0] if made else standard()
+        if not made and found.numel() * found.element_size() <= _KEPT_BYTES:
+            made.append(found)
+        return g * found.to(g.dtype)
 
     tap.operations.append(Elementwise(name, sources, tap.out(y), [x], slope=slope, shapes=shapes))
     return y
