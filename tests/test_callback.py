@@ -490,9 +490,8 @@ def test_a_large_network_gets_the_small_kernel_and_a_word_of_warning() -> None:
         rows._weigh("full", 1000, 2_001_000)
     with pytest.warns(NTKWarning, match=r"needs about 8e\+13 multiply-adds"):
         monitor._weigh("full", 100, 2_001_000)
-    monitor._weighed = False
     with pytest.warns(NTKWarning, match="minutes on a CPU"):
-        monitor._weigh("loss", 10, 11_000_000)  # a ResNet-18: 64 gradients of 42 MiB are more than two limits
+        rows._weigh("loss", 10, 11_000_000)  # a ResNet-18: 64 gradients of 42 MiB are more than two limits
 
 
 def test_records_print_in_one_line(tmp_path: Path) -> None:
