@@ -486,6 +486,7 @@ def test_a_large_network_gets_the_small_kernel_and_a_word_of_warning() -> None:
     monitor = ntk.Monitor(model, None, (x, torch.zeros(12, dtype=torch.long)), strict=True, outputs="trace")
     monitor.probe = ntk.Probe(torch.randn(64, 2000))
     rows = ntk.Monitor(model, None, (x, torch.zeros(12, dtype=torch.long)), strict=True, outputs="trace", engine="rows")
+    rows.probe = monitor.probe
     with pytest.raises(InputError, match=r"7.5 GiB \(1000 x 2,001,000 parameters\); select some"):
         rows._weigh("full", 1000, 2_001_000)
     with pytest.warns(NTKWarning, match=r"needs about 8e\+13 multiply-adds"):
