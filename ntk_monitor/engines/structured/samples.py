@@ -6,7 +6,7 @@ that is none says that samples are coupled. Works for any layout: sequence first
 routed tokens. With N = T a guess from shapes would be wrong without an error.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -50,12 +50,10 @@ class Owners:
     Attributes:
         index: (N, T) into the flattened positions.
         real: (N, T), False where padded.
-        nobody: positions that no output depends on.
     """
 
     index: Tensor
     real: Tensor
-    nobody: Tensor
 
     @property
     def count(self) -> int:
@@ -173,7 +171,7 @@ def _grouped(owner: Tensor, alive: Tensor, samples: int) -> Owners:
     real = column[None] < counts[:, None]
     index = (starts[:, None] + column[None]).clamp_max(max(0, len(order) - 1))
     index = order[index] if len(order) else torch.zeros_like(index)
-    return Owners(index, real, (~alive).nonzero()[:, 0])
+    return Owners(index, real)
 
 
 def everything(shape: Sequence[int], device: torch.device) -> Owners:
@@ -182,7 +180,4 @@ def everything(shape: Sequence[int], device: torch.device) -> Owners:
     for length in shape:
         count *= length
     index = torch.arange(count, device=device)[None]
-    return Owners(index, torch.ones_like(index, dtype=torch.bool), index.new_empty(0))
-
-
-MoreDigits: TypeAlias = Callable[[], list[list[Tensor | None]]]
+    return Owners(index, torch.ones_like(index, dtype=torch.bool))

@@ -10,7 +10,7 @@ attached, and `reached` finds it in the graph afterwards: a use is either record
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,16 +102,6 @@ class Operation:
     def matrix(self, index: int, value: Tensor) -> Tensor:
         """Return a tensor of the source's shape as the matrix (R, Q) that its inputs are multiplied by."""
         raise NotImplementedError
-
-
-@dataclass(slots=True)
-class Recording:
-    """What one forward pass left behind."""
-
-    y: Tensor
-    operations: list[Operation]
-    attached: tuple[str, ...] = ()
-    notes: list[str] = field(default_factory=list)
 
 
 Rule = Callable[..., Any]
