@@ -205,6 +205,8 @@ def _checksum(body: str, values: Iterable[Summary.Value]) -> int:
 
 def _plain(value: Any) -> Any:
     """Return the value as JSON can hold it."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.generic):
@@ -218,6 +220,8 @@ def _parsed(value: Any, kind: Any) -> Any:
     """Undo `_plain` for a field of the given type."""
     if kind is float:
         return math.nan if value is None else float(value)
+    if kind == tuple[str, ...]:
+        return tuple(value)
     if kind == dict[str, float]:
         return {key: _parsed(item, float) for key, item in value.items()}
     return value

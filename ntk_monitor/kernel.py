@@ -142,8 +142,12 @@ def measured(  # noqa: PLR0913 - the same door
     work: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
     seed: int = 0,
+    group: Callable[[str], str] | None = None,
 ) -> Kernel:
-    """Return the kernel of `empirical_ntk` in float64 together with how it was computed; same arguments and errors."""
+    """Return the kernel of `empirical_ntk` in float64 together with how it was computed; same arguments and errors.
+
+    With `group`, a function of a parameter's name, `layers` holds a kernel for each of its values.
+    """
     _check(outputs, engine, targets, loss)
     batches = [x] if x2 is None else [x, x2]
     for batch in batches:
@@ -162,7 +166,7 @@ def measured(  # noqa: PLR0913 - the same door
             batches,
             layout,
             _scale(network, preconditioner),
-            _layer if by_layer else _whole,
+            group or (_layer if by_layer else _whole),
             memory_limit or MEMORY_LIMIT,
             torch.float64 if network.dtype == torch.float64 else work,
             preconditioner,
@@ -299,7 +303,7 @@ class _Job:
         return kernels, "reference", "agrees with plain autograd on the rows compared", ()
 
     def _operator(self, mode: Any) -> Found:
-        if len(self.batches) > 1 or self.group is _layer:
+        if len(self.batches) > 1 or self.group is not _whole:
             raise InputError('engine="operator" has the kernel of one batch as a whole; leave x2 and by_layer out')
         operator = NTKOperator(
             self.model,

@@ -81,6 +81,14 @@ class Snapshot:
 
     metrics: dict[str, float] = field(default_factory=dict)
     """Scalars by name (see `ntk_monitor.metrics`), only those that could be computed."""
+    facts: dict[str, float] = field(default_factory=dict)
+    """Further numbers by name (see `FACTS`), only those that could be computed."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Further words by name (see `TEXTS`)."""
+    layers: tuple[str, ...] = ()
+    """Modules that hold the measured parameters: the names along the axis "layer"."""
+    directions: tuple[str, ...] = ()
+    """Named directions of the residual (classes, outputs, tasks): the names along the axis "direction"."""
     seconds: dict[str, float] = field(default_factory=dict)
     """What the probe cost, by stage."""
 
@@ -88,6 +96,19 @@ class Snapshot:
     rates: Floats = field(default_factory=_nothing)
     coordinates: Floats = field(default_factory=_nothing)
     carried: Floats = field(default_factory=_nothing)
+    time_to_learn: Floats = field(default_factory=_nothing)
+    forecast_steps: Floats | Integers = field(default_factory=_nothing)
+    forecast_loss: Floats = field(default_factory=_nothing)
+    layer_trace: Floats = field(default_factory=_nothing)
+    layer_share: Floats = field(default_factory=_nothing)
+    layer_update: Floats = field(default_factory=_nothing)
+    layer_useful: Floats = field(default_factory=_nothing)
+    layer_moved: Floats = field(default_factory=_nothing)
+    layer_norm: Floats = field(default_factory=_nothing)
+    direction_residual: Floats = field(default_factory=_nothing)
+    direction_rate: Floats = field(default_factory=_nothing)
+    direction_eta: Floats = field(default_factory=_nothing)
+    interference: Floats = field(default_factory=_nothing)
     predictions: Floats = field(default_factory=_nothing)
     labels: Floats | Integers = field(default_factory=_nothing)
     lr_steps: Floats | Integers = field(default_factory=_nothing)
@@ -137,6 +158,33 @@ ARRAYS: dict[str, Stored] = {
     "carried": Stored(
         ("mode",), "sqrt(loss units)", "the same residual along the eigenvectors of the previous probe's M"
     ),
+    "time_to_learn": Stored(
+        ("mode",), "optimizer steps", "simulated steps until the residual along each mode is a tenth; inf: not in reach"
+    ),
+    "forecast_steps": Stored(("tick",), "optimizer steps", "steps of the forecast, from this probe's on", dtype="int64"),
+    "forecast_loss": Stored(("tick",), "loss units", "loss on the probe, forecast from this probe's kernel"),
+    "layer_trace": Stored(("layer",), "squared output units", "trace of each layer's own kernel; they sum to the trace"),
+    "layer_share": Stored(
+        ("layer",), "fraction", "share of the layers in the trace of lr J D J^T, D the optimizer's preconditioner"
+    ),
+    "layer_update": Stored(
+        ("layer",), "fraction", "share of the outputs' change since the previous probe, |J_l dtheta_l|^2 normalised"
+    ),
+    "layer_useful": Stored(("layer",), "cosine, -1 to 1", "cosine of each layer's change of the outputs with -dL/df"),
+    "layer_moved": Stored(
+        ("layer",), "fraction", "distance of each layer's parameters from the first probe's, relative to their norm"
+    ),
+    "layer_norm": Stored(("layer",), "parameter units", "norm of each layer's parameters"),
+    "direction_residual": Stored(("direction",), "sqrt(loss units)", "residual along each named direction"),
+    "direction_rate": Stored(("direction",), "1 / learning rate", "d^T M d / |d|^2 of each named direction"),
+    "direction_eta": Stored(
+        ("direction",), "optimizer steps", "simulated steps until the residual along it is a tenth; inf: not in reach"
+    ),
+    "interference": Stored(
+        ("direction", "direction_2"),
+        "loss units / learning rate",
+        "g_a^T K g_b of the loss gradients of two directions; negative: a step for one undoes the other",
+    ),
     "predictions": Stored(("sample", "output"), "output units", "network outputs on the probe, evaluation mode"),
     "labels": Stored(("sample",), "class", "class of each probe sample, when targets are class labels", dtype="int32"),
     "lr_steps": Stored(("change",), "optimizer steps", "steps at which a learning rate changed", dtype="int64"),
@@ -148,3 +196,54 @@ ARRAYS: dict[str, Stored] = {
         blob=True,
     ),
 }
+
+FACTS: dict[str, str] = {
+    "lr": "largest learning rate of any parameter group in force, learning rate",
+    "batch_size": "samples whose mean loss one optimizer step follows, samples",
+    "total_steps": "planned length of the run, optimizer steps",
+    "bound_low": "bound that sharpness and batch noise together must stay under, learning rate x curvature",
+    "bound_high": "bound that sharpness must stay under at full batch, learning rate x curvature",
+    "sharpness_bias": "jackknife estimate of how much a probe of this size over-estimates sharpness, fraction",
+    "noise_trace": "what dividing by the batch size adds to sharpness: mean trace of the per-sample blocks, same unit",
+    "gradient_norm": "norm of the probe's loss gradient in the parameters, loss units / parameter units",
+    "motion": "change of the probe's outputs since the previous probe relative to the residual, fraction",
+    "forecast_error": "error of the forecast made at the previous probe relative to the motion, fraction",
+    "forecast_error_residual": "the same relative to the residual, fraction",
+    "explained_error": "error of the same simulation with the mean of both kernels, relative to the motion, fraction",
+    "buffers_change": "change of the outputs by buffers alone since the previous probe, relative to the motion",
+    "first_loss": "loss on the probe at the first probe of the run, loss units",
+    "loss_remaining": "forecast loss at the planned end of the run, loss units",
+    "noise_scale_bound": "lower bound of the noise scale where it is not resolved, samples",
+    "k90": "modes of K that hold nine tenths of the centred targets' energy, modes",
+    "label_energy": "share of the centred targets' energy in the first tenth of the modes of K, fraction",
+    "label_energy_chance": "the same for random targets, fraction",
+    "target_rms": "root mean square of the targets, target units",
+    "target_offset": "absolute mean of the targets relative to their standard deviation, ratio",
+    "output_rms": "root mean square of the outputs, output units",
+    "output_spread": "standard deviation of the outputs over samples relative to their root mean square, ratio",
+    "input_offset": "norm of the mean input relative to the root mean square distance from it, ratio",
+    "input_rms": "root mean square of floating inputs, input units",
+    "input_range": "largest ratio of the standard deviations of two input features that vary, ratio",
+    "duplicates": "probe samples whose input equals that of another, samples",
+    "duplicate_labels": "pairs of equal inputs with different targets, pairs",
+    "outlier": "largest diagonal entry of K relative to the median, ratio",
+    "top_share": "largest eigenvalue over the trace of K, fraction",
+    "uncovered": "trainable parameters that no optimizer updates, parameters",
+    "frozen": "parameters without requires_grad, parameters",
+    "dead_layers": "layers whose kernel is exactly zero although their parameters have moved or never could, layers",
+    "accuracy": "share of probe samples whose largest output is their class, fraction",
+    "train_loss": "mean of the losses the trainer returned since the previous probe, loss units",
+    "sample_loo": "leave-one-sample-out error of kernel regression on the probe relative to predicting the mean",
+}
+"""What the keys of `Snapshot.facts` mean, with unit."""
+
+TEXTS: dict[str, str] = {
+    "optimizer": "class of the optimizer, e.g. AdamW",
+    "stability": "how sharpness was measured, or why it was not",
+    "forecast": "what the forecast rests on, or why there is none",
+    "noise": "how the noise scale was measured, or why it is not resolved",
+    "uncovered": "names of trainable parameters that no optimizer updates",
+    "structural_zeros": "layers whose kernel is zero by construction (LoRA's A while B is zero, biases before norms)",
+    "scale_free": "layers followed by a norm, whose kernel shrinks as 1 / |w|^2",
+}
+"""What the keys of `Snapshot.texts` hold."""
