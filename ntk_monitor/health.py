@@ -1,0 +1,1 @@
+"""Health: being written."""
