@@ -5,8 +5,9 @@ warning and a recorded skip.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ntk_monitor.batch import tensors
+from ntk_monitor.callbacks.ahead import clipping, effective_batch, planned_steps, rates_ahead
 from ntk_monitor.callbacks.lightning_base import Base, LightningModule, Trainer
 from ntk_monitor.callbacks.sink import Sink
-from ntk_monitor.callbacks.trainer_data import drawn, measured_module, returned_loss, training_outputs
+from ntk_monitor.callbacks.trainer_data import drawn, measured_module, reference_samples, returned_loss, training_outputs
 from ntk_monitor.errors import InputError, LossUnknownError
 from ntk_monitor.guard import random_state
 from ntk_monitor.harmless import Fingerprint
@@ -53,6 +55,8 @@ class NTKMonitor(Base):
         loss: name, torch loss or callable (outputs, targets) → scalar; None: matched.
         forward: callable (module, inputs) → tensor; None: `module(inputs)`, its `.logits`, or its only floating tensor.
         params: predicate (name, parameter), regular expression or names; None: all with requires_grad.
+        reference: training samples that drive forecasts, the probe's included; 0: no forecasts.
+        directions: mapping name → (N, C) array of directions of the residual to follow; None: classes or outputs.
         gram_every: store and draw the Gram matrix at every this many probes; 0: never.
         verify: check at the first probe that nothing of the run changed, and rest with a warning if something did.
         log_prefix: prefix of every tag; two monitors in one Trainer need different ones.
@@ -77,6 +81,8 @@ class NTKMonitor(Base):
         forward: Callable[..., Any] | None = None,
         params: str | Sequence[str] | Callable[..., bool] | None = None,
         *,
+        reference: int = 512,
+        directions: Mapping[str, Any] | None = None,
         gram_every: int = 10,
         verify: bool = True,
         log_prefix: str = "ntk",
@@ -95,6 +101,8 @@ class NTKMonitor(Base):
             loss=loss,
             forward=forward,
             params=params,
+            reference=reference,
+            directions=directions,
             gram_every=gram_every,
             verify=verify,
             log_prefix=log_prefix,
@@ -156,6 +164,8 @@ class NTKMonitor(Base):
         """Probe when an optimizer step was taken and the cadence asks for it."""
         if self._matching is not None:
             self._guarded(self._compare, trainer, outputs)
+        if self.monitor is not None:
+            self._guarded(self._note, trainer, outputs, batch)
         if self.monitor is not None and self.monitor.due(trainer.global_step):
             self._guarded(self._probe, trainer, pl_module)
 
@@ -231,6 +241,10 @@ class NTKMonitor(Base):
         module = measured_module(pl_module) if self.recipe.forward is None else pl_module
         self.monitor = Monitor(module, list(trainer.optimizers), probe, recipe=self.recipe)
         self.monitor.schedule.start()
+        self.monitor.reference = reference_samples(trainer, probe, self.recipe)
+        self.monitor.total_steps = self.recipe.total_steps or planned_steps(trainer)
+        self.monitor.rates_ahead = partial(rates_ahead, trainer)
+        self.monitor.clip = clipping(trainer)
         if self._restored.get("hash") == probe.hash:
             self.monitor.schedule.last_step = self._restored["last_step"]
             self.monitor.probes = self._restored["probes"]
@@ -279,6 +293,17 @@ class NTKMonitor(Base):
         if matching.over:
             self._settle()
 
+    def _note(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
+        """Remember the size of batches and the losses of training, without waiting for the device."""
+        monitor = self.monitor
+        if monitor is None:
+            return
+        if monitor.batch_size is None:
+            monitor.batch_size = effective_batch(trainer, batch)
+        value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(value, Tensor) and value.numel() == 1:
+            monitor.losses.add(value.detach() * trainer.accumulate_grad_batches)
+
     def _unmatched(self, reason: str) -> None:
         if self.monitor is not None:
             self.monitor.loss_status = f"not verified: {reason}; pass loss="
@@ -298,10 +323,10 @@ class NTKMonitor(Base):
         for raw in waiting:
             self._write(self._finished(raw))
 
-    def _finished(self, raw: Measurement) -> Snapshot:
+    def _finished(self, raw: Measurement, *, fresh: bool = True) -> Snapshot:
         assert self.monitor is not None
         try:
-            return self.monitor.finish(raw)
+            return self.monitor.finish(raw, fresh=fresh)
         except Exception as error:
             if self.recipe.strict:
                 raise

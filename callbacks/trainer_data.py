@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ntk_monitor.batch import moved
+from ntk_monitor.batch import moved, take
 from ntk_monitor.callbacks.lightning_base import LightningModule, Trainer
 from ntk_monitor.errors import InputError
 from ntk_monitor.guard import random_state, undisturbed
@@ -54,6 +54,26 @@ def drawn(trainer: Trainer, module: nn.Module, wanted: Any, recipe: Recipe) -> P
         return Probe.of(data, wanted, recipe.seed)
     first = Probe.of(data, 2, recipe.seed)
     return Probe.of(data, default_samples(outputs_per_sample(module, first, recipe)), recipe.seed)
+
+
+def reference_samples(trainer: Trainer, probe: Probe, recipe: Recipe) -> Probe | None:
+    """Draw training samples beside the probe's, in random order, or None where the training data cannot be indexed."""
+    data = trainer.train_dataloader
+    if recipe.reference == 0 or not (isinstance(data, DataLoader) and indexable(data)) or _transforms(trainer):
+        return None
+    pool = Probe.of(data, recipe.reference + len(probe.indices), recipe.seed + 1)
+    known = set(probe.indices)
+    rows = [row for row, index in enumerate(pool.indices) if index not in known]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed + 1)).tolist()
+    chosen = [rows[i] for i in order[: recipe.reference]]
+    if not chosen:
+        return None
+    return Probe(
+        take(pool.inputs, chosen),
+        None if pool.targets is None else take(pool.targets, chosen),
+        pool.source,
+        tuple(pool.indices[row] for row in chosen),
+    )
 
 
 def _transforms(trainer: Trainer) -> bool:

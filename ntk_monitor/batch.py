@@ -60,6 +60,22 @@ def take(batch: Batch, rows: slice | Tensor | Sequence[int]) -> Batch:
     return mapped(batch, lambda t: t[rows] if t.dim() > 0 else t)
 
 
+def joined(first: Batch, second: Batch) -> Batch:
+    """Return one batch of the samples of both, which must be nests of the same shape."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, second.to(first)]) if first.dim() > 0 else first
+    if isinstance(first, Mapping):
+        return {key: joined(value, second[key]) for key, value in first.items()}
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first)(*(joined(a, b) for a, b in zip(first, second, strict=True)))
+    if isinstance(first, (tuple, list)):
+        return type(first)(joined(a, b) for a, b in zip(first, second, strict=True))
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [f.name for f in dataclasses.fields(first) if f.init]
+        return dataclasses.replace(first, **{n: joined(getattr(first, n), getattr(second, n)) for n in names})
+    return first
+
+
 def moved(batch: Batch, device: torch.device, promote: torch.dtype | None = None) -> Batch:
     """Return the batch on `device`, floating tensors narrower than `promote` cast up to it.
 

@@ -28,6 +28,12 @@ class Recipe:
         loss: name, torch loss or callable (outputs, targets) → scalar; None: found by matching the training loss.
         forward: callable (module, inputs) → tensor; None: `module(inputs)`, its `.logits`, or its only floating tensor.
         params: predicate (name, parameter), regular expression or names; None: all with requires_grad.
+        reference: training samples that drive forecasts, those of the probe included; fewer where their kernel would
+            be too large; 0: no forecasts.
+        batch_size: samples whose mean loss one optimizer step follows; None: the trainer's, or unknown.
+        total_steps: planned length of the run in optimizer steps; None: the trainer's, or unknown.
+        directions: named directions of the residual whose learning is followed (see `ntk_monitor.directions`): a
+            mapping name → (N, C) array, or None for classes or outputs.
         engine: see `empirical_ntk`.
         memory_limit: bytes for Jacobian blocks; None: 1 GiB.
         gram_every: store and draw the Gram matrix at every this many probes; 0: never.
@@ -48,6 +54,10 @@ class Recipe:
     loss: Any = None
     forward: Any = None
     params: Any = None
+    reference: int = 512
+    batch_size: int | None = None
+    total_steps: int | None = None
+    directions: Any = None
     engine: Literal["auto", "structured", "reference", "rows"] = "auto"
     memory_limit: int | None = None
     gram_every: int = 10
@@ -70,6 +80,12 @@ class Recipe:
             raise InputError(f"engine must be auto, structured, reference or rows, got {self.engine!r}")
         if self.memory_limit is not None and not self.memory_limit > 0:
             raise InputError(f"memory_limit must be positive bytes or None, got {self.memory_limit!r}")
+        if self.reference < 0:
+            raise InputError(f"reference must be 0 (no forecasts) or a number of samples, got {self.reference!r}")
+        for name in ("batch_size", "total_steps"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise InputError(f"{name} must be at least 1 or None, got {value!r}")
         if self.gram_every < 0:
             raise InputError(f"gram_every must be 0 (never) or positive, got {self.gram_every!r}")
         if self.forward is not None and not callable(self.forward):
@@ -83,6 +99,9 @@ class Recipe:
             "max_overhead": (int, float),
             "memory_limit": (int, type(None)),
             "gram_every": (int,),
+            "reference": (int,),
+            "batch_size": (int, type(None)),
+            "total_steps": (int, type(None)),
             "seed": (int,),
             "log_prefix": (str,),
             "log_dir": (str, PathLike, type(None)),

@@ -1,5 +1,6 @@
 """When to probe: every n optimizer steps, or as often as a share of the wall time allows. No torch, own clock."""
 
+import bisect
 import math
 import time
 from collections.abc import Callable
@@ -74,6 +75,13 @@ class LearningRates:
         if not self.values or self.values[-1] != rates:
             self.steps.append(step)
             self.values.append(rates)
+
+    def between(self, first: int, last: int) -> list[tuple[float, ...]]:
+        """Return the rates of steps first to last - 1, or nothing when some of them were not observed."""
+        if not self.steps or self.steps[0] > first:
+            return []
+        # The change in force at a step is the last one recorded up to it.
+        return [self.values[bisect.bisect_right(self.steps, step) - 1] for step in range(first, last)]
 
     def taken(self) -> tuple[list[int], list[tuple[float, ...]]]:
         """Return the changes since the last call; the rates now in force open the next stretch."""

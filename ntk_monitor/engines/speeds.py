@@ -15,13 +15,13 @@ from ntk_monitor.engines.work import Work
 class Speeds:
     """What passes over the network cost beside matrix products. Defaults: two CPU cores, AVX-512, torch 2.13."""
 
-    matmul: float = 40e9
+    matmul: float = 62e9
     """Multiply-adds per second of matrix products, float32."""
-    convolution: float = 32e9
+    convolution: float = 50e9
     """Multiply-adds per second of convolutions, forward and backward, float32."""
     double: float = 0.4
     """Speed of products in float64 relative to float32."""
-    memory: float = 5e9
+    memory: float = 7.8e9
     """Bytes of results per second of elementwise operations, which read their arguments and write once."""
     call: float = 8e-6
     """Seconds of one operation, however small."""

@@ -38,19 +38,19 @@ class Sizes:
 class Rates:
     """Multiply-adds per second by kind of product, and elements or bytes per second of what surrounds them."""
 
-    gradients: float = 33e9
+    gradients: float = 52e9
     """Per-sample gradients, float32."""
-    gram: float = 28e9
+    gram: float = 44e9
     """Products of their rows, float32 ..."""
-    gram64: float = 14e9
+    gram64: float = 22e9
     """... and float64, apart from the conversion."""
-    convert: float = 5e9
+    convert: float = 7.8e9
     """Bytes of float64 written per second when rows are converted."""
-    pairs: float = 33e9
+    pairs: float = 52e9
     """Products of all pairs of positions, float32 ..."""
-    pairs64: float = 10e9
+    pairs64: float = 15.7e9
     """... and float64."""
-    elementwise: float = 0.4e9
+    elementwise: float = 0.63e9
     """Pairs of positions per second that are weighted and summed."""
 
 
