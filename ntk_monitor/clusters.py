@@ -12,7 +12,7 @@ block: a block is made no larger than its confirmation needs, and modes that non
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ SPREAD = 2.0
 """Largest ratio of the rates within a block: it stands for one speed of learning."""
 
 
+@runtime_checkable
 class Basis(Protocol):
     """Eigenvalues and eigenvectors of one symmetric matrix, e.g. `modes.Modes`."""
 

@@ -130,7 +130,7 @@ def pattern(name: str, outputs: Array, root: Array) -> Direction:
 def projection(name: str, patterns: Sequence[Array], root: Array, residual: Array) -> Direction:
     """Return the part of the residual u (n,) in the span of several patterns, e.g. sine and cosine of one wave.
 
-    The projection takes the phase from the residual, so no part of it is missed. Cost: a QR of (n, patterns).
+    The projection takes the phase from the residual, so no part of it is missed.
     """
     columns = np.stack([pattern(name, w, root).vector for w in patterns], axis=1)
     # Least squares, not a QR: patterns may coincide on the probe (a wave above its resolution).
@@ -174,17 +174,20 @@ def waves(inputs: Array, root: Array, residual: Array, *, most: int = 4) -> tupl
         raise InputError(f"waves need inputs ({len(root)}, 1 to 3), got {inputs.shape}; pass the coordinates alone")
     low, extent = inputs.min(axis=0), np.ptp(inputs, axis=0)
     phase = 2 * np.pi * (inputs - low) / np.where(extent > 0, extent, 1.0)
+    # The first number that is not zero is positive: k and -k are one wave.
+    every = [
+        k
+        for k in product(*[range(-most, most + 1)] * inputs.shape[1])
+        if next((number for number in k if number), 0) >= 0
+    ]
     found: list[Direction] = []
-    for k in product(*[range(-most, most + 1)] * inputs.shape[1]):
-        # The first number that is not zero is positive: k and -k are one wave.
-        if next((number for number in k if number), 0) < 0:
-            continue
-        name = f"wave {k[0]}" if len(k) == 1 else f"wave {k}".replace(" ", "")
+    for k in sorted(every, key=lambda k: sum(map(abs, k))):
         angle = phase @ np.array(k, dtype=np.float64)
         shapes = [np.cos(angle), np.sin(angle)] if any(k) else [np.ones(len(angle))]
-        spread = np.ones(root.shape[1])
-        found.append(projection(name, [shape[:, None] * spread for shape in shapes], root, residual))
-    return tuple(sorted(found, key=lambda d: sum(abs(int(i)) for i in d.name[5:].strip("()").split(","))))
+        patterns = [np.repeat(shape[:, None], root.shape[1], axis=1) for shape in shapes]
+        name = "wave " + (str(k[0]) if len(k) == 1 else f"({', '.join(map(str, k))})")
+        found.append(projection(name, patterns, root, residual))
+    return tuple(found)
 
 
 def matrix(directions: Sequence[Direction]) -> Array:
@@ -216,8 +219,9 @@ def interference(kernel: Array, gradient: Array, groups: Mapping[str, Mask]) -> 
     """Return gₐᵀ K g_b of every pair of groups, (D, D), loss units / learning rate, symmetric.
 
     A step of gradient descent on group b alone, with a small learning rate lr, changes group a's part of the loss by
-    -lr gₐᵀ K g_b: negative entries are groups that undo each other. The diagonal is residual² · rate of `parts`. Sums
-    to |dL/dθ|² when the groups partition the rows. Signs depend on the residual of the moment.
+    -lr gₐᵀ K g_b: negative entries are groups that undo each other. The diagonal is residual² · rate of `parts`
+    where groups are of whole samples or S is diagonal (cross-entropy couples the outputs of a sample). Sums to |dL/dθ|²
+    when the groups partition the rows. Signs depend on the residual of the moment.
 
     Args:
         kernel: K unnormalised, (N, C, N, C) or (n, n).
