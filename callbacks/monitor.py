@@ -18,7 +18,13 @@ from ntk_monitor.batch import tensors
 from ntk_monitor.callbacks.ahead import clipping, effective_batch, planned_steps, rates_ahead
 from ntk_monitor.callbacks.lightning_base import Base, LightningModule, Trainer
 from ntk_monitor.callbacks.sink import Sink
-from ntk_monitor.callbacks.trainer_data import drawn, measured_module, reference_samples, returned_loss, training_outputs
+from ntk_monitor.callbacks.trainer_data import (
+    drawn,
+    measured_module,
+    reference_samples,
+    returned_loss,
+    training_outputs,
+)
 from ntk_monitor.errors import InputError, LossUnknownError
 from ntk_monitor.guard import random_state
 from ntk_monitor.harmless import Fingerprint

@@ -4,7 +4,7 @@ Keys and units are those of `ntk_monitor.snapshot.FACTS`. What does not apply to
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -50,17 +50,14 @@ def of_parameters(module: nn.Module, uncovered: Iterable[str]) -> dict[str, floa
     return {"frozen": float(frozen), "uncovered": float(sum(named[name].numel() for name in uncovered))}
 
 
-def weighed(module: nn.Module, before: Mapping[str, Tensor] | None) -> dict[str, tuple[float, float]]:
-    """Return norm and distance from `before` of the trainable parameters of each layer: name → (norm, distance)."""
-    squares: dict[str, list[float]] = {}
+def norms(module: nn.Module, group: Callable[[str], str]) -> dict[str, float]:
+    """Return the norm of the trainable parameters of each layer, by its name."""
+    squares: dict[str, float] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
-            value = p.detach().double().cpu()
-            moved = value - before[name].double() if before is not None and name in before else value * 0
-            total = squares.setdefault(name.rpartition(".")[0] or name, [0.0, 0.0])
-            total[0] += float(value.square().sum())
-            total[1] += float(moved.square().sum())
-    return {layer: (norm**0.5, distance**0.5) for layer, (norm, distance) in squares.items()}
+            square = float(p.detach().double().square().sum())
+            squares[group(name)] = squares.get(group(name), 0.0) + square
+    return {layer: square**0.5 for layer, square in squares.items()}
 
 
 def _table(t: Tensor) -> Array:

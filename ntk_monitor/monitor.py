@@ -5,7 +5,7 @@ become known in between.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,11 @@ from ntk_monitor.kernel import MEMORY_LIMIT, Kernel, measured
 from ntk_monitor.losses import Loss, Terms, recognised
 from ntk_monitor.modes import Modes
 from ntk_monitor.network import Network
+from ntk_monitor.outlook import Now, Outlook, Watch
 from ntk_monitor.probe import Probe, default_samples
 from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
 from ntk_monitor.say import say
-from ntk_monitor.schedule import LearningRates, Schedule
+from ntk_monitor.schedule import LearningRates, Mean, Schedule
 from ntk_monitor.similarity import alignment, kernel_change
 from ntk_monitor.snapshot import Snapshot, shown_order
 from ntk_monitor.spectrum import Spectrum
@@ -57,6 +58,7 @@ class Monitor:
         optimizer: one optimizer or several, whose learning rates are recorded; None: none are.
         probe: a Probe, (inputs, targets), a Dataset or a DataLoader over one.
         loss: name, torch loss or callable; None: no modes.
+        reference: training samples that drive forecasts, in the forms of `probe`; None: no forecasts.
         recipe: every other option; or give them by keyword.
 
     Raises:
@@ -79,6 +81,7 @@ class Monitor:
         probe: Any,
         loss: Any = None,
         *,
+        reference: Any = None,
         recipe: Recipe | None = None,
         **options: Any,
     ) -> None:
@@ -95,6 +98,13 @@ class Monitor:
         self.learning_rates = LearningRates()
         self.steps = 0
         self.probes = 0
+        self.reference: Probe | None = None if reference is None else Probe.of(reference, 512, self.recipe.seed + 1)
+        self.batch_size, self.total_steps = self.recipe.batch_size, self.recipe.total_steps
+        self.population: int | None = None
+        self.clip: float | None = None
+        self.rates_ahead: Callable[[int], Array | None] | None = None
+        self.losses = Mean()
+        self._watch = Watch(model, self.recipe, self.probe)
         self._weighed = False
         self._previous: tuple[int, Array, Modes | None] | None = None
 
@@ -157,8 +167,11 @@ class Monitor:
         self.schedule.done(step, solved - start)
         return Measurement(step, epoch, time.time(), layout, kernel, values, spectrum, predictions, seconds)
 
-    def finish(self, raw: Measurement) -> Snapshot:
-        """Turn a measurement into the record: modes in the known loss, metrics, cost. Updates the previous probe."""
+    def finish(self, raw: Measurement, *, fresh: bool = True) -> Snapshot:
+        """Turn a measurement into the record: modes in the known loss, metrics, cost. Updates the previous probe.
+
+        With `fresh` False the weights have moved on since the measurement, so that nothing more can be asked of them.
+        """
         start = time.perf_counter()
         terms, reason = self._terms(raw)
         modes = None if terms is None else Modes.of(raw.values, terms, jacobian_eps=_eps(raw))
@@ -171,6 +184,12 @@ class Monitor:
         metrics = self._metrics(raw, means)
         with_gram = self.recipe.gram_every and self.probes % self.recipe.gram_every == 0
         order = shown_order(labels, self.probe.samples)
+        if fresh:
+            seen = self._watch.look(self._now(raw, terms, modes, labels))
+        else:
+            seen = Outlook(texts={"stability": "not measured: the loss was not known yet at this step"})
+        if self.losses.count:
+            seen.facts["train_loss"] = self.losses.taken()
         lr_steps, lr_values = self.learning_rates.taken()
         self._previous = (raw.step, raw.values, modes)
         self.probes += 1
@@ -202,7 +221,11 @@ class Monitor:
             modes_reason=reason,
             rates_floor=modes.floor if modes else float("nan"),
             previous_step=previous_step,
-            metrics={name: value for name, value in metrics.items() if np.isfinite(value)},
+            metrics={name: value for name, value in (metrics | seen.metrics).items() if np.isfinite(value)},
+            facts={name: value for name, value in seen.facts.items() if np.isfinite(value)},
+            texts=seen.texts,
+            layers=seen.layers,
+            directions=seen.directions,
             seconds=seconds,
             eigenvalues=raw.spectrum.eigenvalues,
             rates=modes.rates if modes else np.empty(0),
@@ -213,6 +236,29 @@ class Monitor:
             lr_steps=np.asarray(lr_steps, dtype=np.float64),
             lr_values=np.asarray(lr_values, dtype=np.float64),
             gram=means[np.ix_(order, order)] if with_gram else np.empty(0),
+            **seen.arrays,
+        )
+
+    def _now(self, raw: Measurement, terms: Terms | None, modes: Modes | None, labels: NDArray[np.int64] | None) -> Now:
+        first = None if self._previous is None else self._previous[0]
+        rates = [] if first is None else self.learning_rates.between(first, raw.step)
+        return Now(
+            step=raw.step,
+            layout=raw.layout,
+            values=raw.values,
+            predictions=raw.predictions,
+            terms=terms,
+            modes=modes,
+            labels=labels,
+            loss=self.loss,
+            optimizers=self.optimizers,
+            batch_size=self.batch_size,
+            population=self.population,
+            total_steps=self.total_steps,
+            reference=self.reference,
+            clip=self.clip,
+            rates=np.array(rates, dtype=np.float64, ndmin=2),
+            rates_ahead=self.rates_ahead,
         )
 
     def skipped(self, step: int, error: BaseException | str, epoch: int | None = None) -> Snapshot:

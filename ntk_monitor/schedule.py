@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -90,3 +91,22 @@ class LearningRates:
         found = (self.steps, [rates + (math.nan,) * (widest - len(rates)) for rates in self.values])
         self.steps, self.values = self.steps[-1:], self.values[-1:]
         return found
+
+
+@dataclass(slots=True)
+class Mean:
+    """Running mean of values that may live on a device: nothing is read before it is asked for."""
+
+    total: Any = 0.0
+    count: int = 0
+
+    def add(self, value: Any) -> None:
+        """Take one more value."""
+        self.total = self.total + value
+        self.count += 1
+
+    def taken(self) -> float:
+        """Return the mean of the values since the last call; NaN without any."""
+        mean = float(self.total) / self.count if self.count else math.nan
+        self.total, self.count = 0.0, 0
+        return mean

@@ -3,7 +3,7 @@
 E|J_lᵀ z|² = tr(J_l J_lᵀ) for random signs z, for all layers from one pass. A layer without a gradient gives exactly 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,11 +33,17 @@ class LayerTraces:
     share: Array
 
 
-def layer_traces(
+def layer(parameter: str) -> str:
+    """Return the module a parameter belongs to; a loose parameter of the root stands for itself."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+def layer_traces(  # noqa: PLR0913 - options of a Network, by keyword
     module: nn.Module,
     inputs: Batch,
     *,
     scale: Mapping[str, Tensor] | None = None,
+    group: Callable[[str], str] = layer,
     params: Selection | None = None,
     forward: Forward | None = None,
     mode: Mode = "eval",
@@ -51,7 +57,11 @@ def layer_traces(
         module: the live module, only read.
         inputs: N samples.
         scale: parameter name → lr·D of its shape; None: 1 everywhere.
-        params, forward, mode, device: see `empirical_ntk`.
+        group: name of a parameter → name of what it belongs to.
+        params: see `empirical_ntk`, as for the next two.
+        forward: function of module and inputs.
+        mode: "eval" or "train".
+        device: where to compute; None: where the parameters are.
         probes: backward passes; the relative error of a layer with many alike outputs is √(2/(probes · rank)).
         seed: of the random signs.
 
@@ -61,25 +71,20 @@ def layer_traces(
         network = Network.careful(module, inputs, params=params, forward=forward, mode=mode, device=device)
         outputs = network.outputs(network.prepared(owned(inputs)))
         generator = torch.Generator().manual_seed(seed)
-        names = list(dict.fromkeys(layer(name) for name in network.parameters))
+        names = list(dict.fromkeys(group(name) for name in network.parameters))
         found = np.zeros((2, len(names)))
         for _ in range(probes):
             signs = torch.randint(2, outputs.shape, generator=generator).to(outputs) * 2 - 1
             for name, g in _gradients(outputs, network.parameters, signs).items():
                 squares = g.double().abs().square()
                 weights = None if scale is None else scale[name].to(squares)
-                found[:, names.index(layer(name))] += (
+                found[:, names.index(group(name))] += (
                     float(squares.sum()),
                     float((squares if weights is None else squares * weights).sum()),
                 )
     trace, share = found / probes
     total = share.sum()
     return LayerTraces(tuple(names), trace, share / total if total > 0 else share)
-
-
-def layer(parameter: str) -> str:
-    """Return the module a parameter belongs to; a loose parameter of the root stands for itself."""
-    return parameter.rpartition(".")[0] or parameter
 
 
 def _gradients(outputs: Tensor, parameters: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:

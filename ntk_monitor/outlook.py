@@ -1,0 +1,274 @@
+"""What one probe says about the steps to come: stability, noise, layers, named directions; and what the last ones did.
+
+Each part is measured on its own. One that cannot be measured leaves a sentence in `texts` and takes nothing else along.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ntk_monitor import directions, facts
+from ntk_monitor.dynamics.kept import Kept
+from ntk_monitor.dynamics.layers import layer_traces
+from ntk_monitor.dynamics.linearise import coupled
+from ntk_monitor.dynamics.stability import stability
+from ntk_monitor.dynamics.updates import blocks, decompose, distance
+from ntk_monitor.dynamics.verdict import SMALL_MOTION
+from ntk_monitor.errors import NTKMonitorError
+from ntk_monitor.losses import Loss, Terms
+from ntk_monitor.modes import Modes
+from ntk_monitor.noise import NoiseScale, gradient_gram, noise_scale, pooled
+from ntk_monitor.optimizers import OptimizerState, read
+from ntk_monitor.probe import Probe
+from ntk_monitor.recipe import Recipe
+
+Array = NDArray[np.float64]
+
+# Probes whose noise estimates are pooled: a run's noise scale grows over thousands of steps, not over ten probes.
+_POOLED = 10
+
+# Copies of the weights: of the first and of the previous probe.
+_KEPT_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Now:
+    """One probe as the monitor hands it over, at the weights of this moment."""
+
+    step: int
+    layout: str
+    values: Array
+    """Square float64 kernel, (N·C, N·C) for the full layout."""
+    predictions: Tensor
+    """(N, ...), float64 on the CPU."""
+    terms: Terms | None
+    modes: Modes | None
+    labels: NDArray[np.int64] | None
+    loss: Loss | None
+    optimizers: Sequence[Optimizer]
+    batch_size: int | None = None
+    population: int | None = None
+    total_steps: int | None = None
+    reference: Probe | None = None
+    clip: float | None = None
+    rates: Array = field(default_factory=lambda: np.empty((0, 0)))
+    """Learning rates of the steps since the previous probe, (steps, groups); empty when they are not known."""
+    rates_ahead: Callable[[int], Array | None] | None = None
+
+
+@dataclass(slots=True)
+class Outlook:
+    """Fields of the Snapshot that `Watch.look` fills."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    directions: tuple[str, ...] = ()
+    arrays: dict[str, Any] = field(default_factory=dict)
+
+
+class Watch:
+    """Looks at a run from probe to probe and remembers what the next look compares with."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, probe: Probe) -> None:
+        self._model, self._recipe, self._probe = model, recipe, probe
+        self._data: dict[str, float] | None = None
+        self._vector: Array | None = None
+        self._noise: list[NoiseScale] = []
+        self._kept: tuple[Kept, Array | None] | None = None
+        self._first: Kept | None = None
+
+    def look(self, now: Now) -> Outlook:
+        """Measure all parts."""
+        found = Outlook()
+        state = self._state(now, found)
+        self._guarded(found, "facts", lambda: self._facts(now, found, state))
+        if state is not None and now.loss is not None:
+            self._guarded(found, "stability", lambda: self._stability(now, found, state))
+        self._guarded(found, "noise", lambda: self._noise_scale(now, found))
+        self._guarded(found, "layers", lambda: self._layers(found, state))
+        self._guarded(found, "updates", lambda: self._updates(now, found))
+        self._guarded(found, "directions", lambda: self._directions(now, found))
+        return found
+
+    def _guarded(self, found: Outlook, part: str, measure: Callable[[], None]) -> None:
+        try:
+            measure()
+        except Exception as error:
+            if self._recipe.strict:
+                raise
+            said = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no message"
+            known = isinstance(error, NTKMonitorError)
+            found.texts[part] = f"not measured: {said if known else f'{type(error).__name__}: {said}'}"
+
+    def _state(self, now: Now, found: Outlook) -> OptimizerState | None:
+        if not now.optimizers:
+            found.texts["stability"] = "not measured: no optimizer was given"
+            return None
+        try:
+            state = read(self._model, now.optimizers)
+        except NTKMonitorError as error:
+            found.texts["stability"] = f"not measured: {error}"
+            return None
+        found.texts["optimizer"] = state.name
+        if state.uncovered:
+            found.texts["uncovered"] = ", ".join(state.uncovered)
+        return state
+
+    def _facts(self, now: Now, found: Outlook, state: OptimizerState | None) -> None:
+        if self._data is None:
+            self._data = facts.of_data(self._probe)
+        found.facts |= self._data
+        outputs = now.predictions.reshape(len(now.predictions), -1).numpy()
+        found.facts |= facts.of_outputs(outputs, now.labels)
+        found.facts |= facts.of_parameters(self._model, state.uncovered if state else ())
+        if state is not None:
+            found.facts["lr"] = max((group.lr for group in state.groups), default=0.0)
+        for name, value in (("batch_size", now.batch_size), ("total_steps", now.total_steps)):
+            if value is not None:
+                found.facts[name] = float(value)
+
+    def _stability(self, now: Now, found: Outlook, state: OptimizerState) -> None:
+        if self._probe.targets is None:
+            found.texts["stability"] = "not measured: the probe has no targets"
+            return
+        recipe = self._recipe
+        judged = stability(
+            self._model,
+            state,
+            (self._probe.inputs, self._probe.targets),
+            now.loss,
+            batch_size=now.batch_size,
+            population=now.population,
+            params=recipe.params,
+            forward=recipe.forward,
+            start=self._vector,
+            seed=recipe.seed,
+        )
+        self._vector = judged.vector
+        if not judged.available:
+            found.texts["stability"] = judged.reason
+            return
+        found.texts["stability"] = judged.how
+        found.metrics |= {"lr_headroom_low": judged.low, "lr_headroom_high": judged.high, "sharpness": judged.sharpness}
+        found.facts |= {
+            "bound_low": judged.bound_low,
+            "bound_high": judged.bound_high,
+            "sharpness_bias": judged.bias,
+            "noise_trace": judged.noise,
+        }
+
+    def _noise_scale(self, now: Now, found: Outlook) -> None:
+        if now.layout == "loss":
+            gram = now.values
+        elif now.terms is not None and now.layout == "full":
+            gram = gradient_gram(now.values, now.terms.gradient)
+            found.facts["gradient_norm"] = float(np.sqrt(max(0.0, gram.mean())))
+        else:
+            return
+        if coupled(self._model):
+            found.texts["noise"] = (
+                "not measured: BatchNorm couples the samples, which then have no gradients of their own"
+            )
+            return
+        self._noise = [*self._noise, noise_scale(gram)][-_POOLED:]
+        scale = pooled(self._noise)
+        found.texts["noise"] = scale.text
+        if scale.resolved:
+            found.metrics["noise_scale"] = scale.value
+        elif np.isfinite(scale.bound):
+            found.facts["noise_scale_bound"] = scale.bound
+
+    def _layers(self, found: Outlook, state: OptimizerState | None) -> None:
+        recipe, group = self._recipe, self._group()
+        traces = layer_traces(
+            self._model,
+            self._probe.inputs,
+            scale=None if state is None else _speeds(self._model, state),
+            group=group,
+            params=recipe.params,
+            forward=recipe.forward,
+            mode="train",
+            device=recipe.device,
+            seed=recipe.seed,
+        )
+        norms = facts.norms(self._model, group)
+        found.layers = traces.names
+        found.arrays |= {
+            "layer_trace": traces.trace,
+            "layer_share": traces.share,
+            "layer_norm": np.array([norms.get(name, np.nan) for name in traces.names]),
+        }
+
+    def _updates(self, now: Now, found: Outlook) -> None:
+        """Compare with the weights of the previous probe, and keep those of this one."""
+        kept, first, recipe = self._kept, self._first, self._recipe
+        self._kept = None
+        now_kept = Kept.of(self._model, recipe.params)
+        if now_kept.nbytes > _KEPT_BYTES:
+            found.texts["updates"] = f"not measured: a copy of the weights takes {now_kept.nbytes / 2**30:.1f} GiB"
+            return
+        self._kept = (now_kept, None if now.terms is None else now.terms.gradient)
+        self._first = first or now_kept
+        group = self._group()
+        if first is not None and found.layers:
+            far = distance(self._model, first, group)
+            found.arrays["layer_moved"] = np.array([far.get(name, np.nan) for name in found.layers])
+        if kept is None or kept[1] is None:
+            return
+        options: dict[str, Any] = {"forward": recipe.forward, "device": recipe.device, "seed": recipe.seed}
+        moved = decompose(self._model, kept[0], self._probe.inputs, kept[1], group=group, **options)
+        found.facts["buffers_change"] = moved.linearisation.buffers
+        # Where the outputs hardly moved, an error relative to that motion is noise.
+        if moved.motion > SMALL_MOTION * _scale(now, kept[1]):
+            found.metrics["linearisation_error"] = moved.linearisation.error
+        if found.layers == moved.layers:
+            found.arrays |= {"layer_update": moved.share, "layer_useful": moved.useful}
+
+    def _group(self) -> Callable[[str], str]:
+        return blocks([name for name, p in self._model.named_parameters() if p.requires_grad])
+
+    def _directions(self, now: Now, found: Outlook) -> None:
+        if now.modes is None or now.terms is None:
+            return
+        n, c = now.terms.gradient.shape
+        groups = directions.default_groups(n, c, now.labels)
+        if not groups:
+            return
+        u = now.terms.residual()
+        named = directions.parts(groups, u)
+        found.directions = tuple(groups)
+        found.arrays |= {
+            "direction_residual": directions.residuals(named, u),
+            "direction_rate": directions.rates(named, now.modes.rates, now.modes.vectors),
+            "interference": directions.interference(now.values, now.terms.gradient, groups),
+        }
+
+
+def _speeds(model: nn.Module, state: OptimizerState) -> dict[str, Tensor] | None:
+    """Return lr·D of every trainable parameter, zero for those that no optimizer moves; None without a known step."""
+    import torch
+
+    if state.family == "other":
+        return None
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    scale: dict[str, Any] | None = state.preconditioner(trainable, floor=1e-3)
+    # Shares do not depend on a factor of all rates, and at the end of a schedule all of them may be zero.
+    still = not any(group.lr for group in state.groups)
+    rates = {name: 1.0 if still else group.lr for group in state.groups for name in group.names}
+    one = {name: torch.ones_like(p, dtype=torch.float64, device="cpu") for name, p in trainable.items()}
+    return {name: rates.get(name, 0.0) * d for name, d in (scale or one).items()}
+
+
+def _scale(now: Now, gradient: Array) -> float:
+    """Return what a motion of the outputs is compared with: the residual in output units, or the outputs themselves."""
+    if now.loss is None or now.loss.kind != "mse":
+        return float(now.predictions.norm())
+    scale = 2.0 if now.loss.options.get("reduction") == "sum" else 2.0 / gradient.size
+    return float(np.linalg.norm(gradient)) / scale
