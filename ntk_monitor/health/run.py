@@ -1,0 +1,137 @@
+"""Run, what a rule may read: the probes of one history that can be compared, and their numbers over steps.
+
+A number that was not recorded, or is NaN, is simply not there: series keep the finite values only, so a rule that lacks
+what it needs finds an empty series and says nothing.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntk_monitor.snapshot import Floats, Snapshot
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One number over the probes where it is finite: steps (k,) and values (k,)."""
+
+    steps: NDArray[np.int64]
+    values: Array
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def last(self, count: int) -> "Series":
+        """Return the last so many of them."""
+        return Series(self.steps[-count:], self.values[-count:])
+
+    def since(self, step: int) -> "Series":
+        """Return those measured at or after a step."""
+        kept = self.steps >= step
+        return Series(self.steps[kept], self.values[kept])
+
+    def span(self) -> tuple[int, int]:
+        """Return the first and the last step."""
+        return int(self.steps[0]), int(self.steps[-1])
+
+
+class Run:
+    """A history as rules see it: measured probes of the last probe's samples, in order of steps."""
+
+    def __init__(self, snapshots: Sequence[Snapshot]) -> None:
+        """Take every probe of a run, skipped ones included, in order of steps."""
+        self.snapshots = tuple(snapshots)
+        measured = [snapshot for snapshot in snapshots if snapshot.status == "measured"]
+        # Other samples, other numbers: probes with another hash are not comparable.
+        self.measured = tuple(s for s in measured if s.probe == measured[-1].probe)
+        self.skipped = tuple(snapshot for snapshot in snapshots if snapshot.status == "skipped")
+
+    @property
+    def first(self) -> Snapshot:
+        """The first comparable probe; there is one whenever a rule is asked."""
+        return self.measured[0]
+
+    @property
+    def last(self) -> Snapshot:
+        """The last one."""
+        return self.measured[-1]
+
+    def series(self, read: Callable[[Snapshot], float]) -> Series:
+        """Return a number of each probe where it is finite."""
+        values = np.array([read(snapshot) for snapshot in self.measured], dtype=np.float64)
+        steps = np.array([snapshot.step for snapshot in self.measured], dtype=np.int64)
+        kept = np.isfinite(values)
+        return Series(steps[kept], values[kept])
+
+    def fact(self, name: str) -> Series:
+        """Return a number of `Snapshot.facts`."""
+        return self.series(lambda snapshot: snapshot.facts.get(name, np.nan))
+
+    def metric(self, name: str) -> Series:
+        """Return a number of `Snapshot.metrics`."""
+        return self.series(lambda snapshot: snapshot.metrics.get(name, np.nan))
+
+    def latest(self, name: str) -> float:
+        """Return the last finite value of a fact, or NaN."""
+        found = self.fact(name).values
+        return float(found[-1]) if len(found) else float("nan")
+
+    def text(self, name: str) -> str:
+        """Return the last non-empty text of this name."""
+        return next((s.texts[name] for s in reversed(self.measured) if s.texts.get(name)), "")
+
+    def losses(self) -> Series:
+        """Return the training loss over steps.
+
+        The means of what the trainer returned where there are at least three, else the loss on the probe: the latter is
+        in evaluation mode, where BatchNorm's statistics take a while to settle.
+        """
+        seen = self.fact("train_loss")
+        return seen if len(seen) >= 3 else self.series(lambda snapshot: snapshot.loss_value)
+
+    def loss_ratio(self) -> float:
+        """Return the loss at the end over that at the start (each the mean of at most two probes), or NaN.
+
+        Losses that are not positive have no ratio.
+        """
+        values = self.losses().values
+        if len(values) < 3 or values.min() <= 0:
+            return float("nan")
+        return float(values[-2:].mean() / values[:1].mean())
+
+    def progress(self) -> float:
+        """Return the share of the planned run that lies before the last probe, or NaN when no plan is known."""
+        total = self.latest("total_steps")
+        return self.last.step / total if total > 0 else float("nan")
+
+    def family(self) -> str:
+        """Return "adam", "sgd" or "" from the optimizer's class."""
+        name = self.text("optimizer").lower()
+        return "adam" if "adam" in name else "sgd" if "sgd" in name else ""
+
+    def named(self, name: str) -> frozenset[str]:
+        """Return the layers or parameters that a text of this name lists at any probe."""
+        texts = (snapshot.texts.get(name, "") for snapshot in self.measured)
+        return frozenset(word for text in texts for word in re.split(r"[,;\s]+", text) if word)
+
+    def layers(self, name: str, since: int = 0) -> tuple[tuple[str, ...], NDArray[np.int64], Array]:
+        """Return the layers, the steps (k,) and an array over layers (k, L) at probes that have it, from a step on.
+
+        Probes whose layers differ from the last one's are left out.
+        """
+        layers = self.last.layers
+        rows: list[tuple[int, Floats]] = []
+        for snapshot in self.measured:
+            values: Floats = getattr(snapshot, name)
+            fits = snapshot.layers == layers and values.shape == (len(layers),) and len(layers) > 0
+            if fits and snapshot.step >= since and np.isfinite(values).all():
+                rows.append((snapshot.step, values))
+        table: Any = [values for _, values in rows]
+        steps = np.array([step for step, _ in rows], dtype=np.int64)
+        return layers, steps, np.array(table, dtype=np.float64).reshape(len(rows), len(layers))
