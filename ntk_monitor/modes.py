@@ -128,8 +128,8 @@ class Followed:
 class Tracks:
     """Identities of the leading modes over probes, so that a line in a plot stays one mode when eigenvalues cross.
 
-    Assignment of largest total overlap (Hungarian) between eigenvectors of neighbouring probes. Ranks are no identity:
-    on crossing eigenvalues they keep an overlap of .66 where the assignment keeps .98.
+    Assignment of largest total overlap (Hungarian) between eigenvectors of neighbouring probes. A rank is no identity:
+    where two eigenvalues cross, both ranks hold another mode than before.
 
     Attributes:
         count: leading modes that are reported; twice as many are followed, so that one can drop out and come back.
@@ -148,7 +148,7 @@ class Tracks:
 
         Cost: (2·count)² · n multiply-adds.
         """
-        # Imported here: scipy.optimize takes a quarter of a second to load.
+        # Imported here: scipy.optimize takes about half a second to load.
         from scipy.optimize import linear_sum_assignment
 
         vectors = modes.vectors[:, : 2 * self.count]

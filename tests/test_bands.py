@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntk_monitor.bands import NAMES, band_energy, bands
+from ntk_monitor.bands import (
+    NAMES,
+    REACH,
+    band_energy,
+    bands,
+    reach,
+    reach_energy,
+    readable,
+    remaining_steps,
+    residual_out_of_reach,
+)
+from tests import twins_modes
 from tests.snapshots import broken, skipped, snapshot, training, without_modes
 
 RATES = st.lists(
@@ -81,3 +92,83 @@ def test_no_modes_no_energy() -> None:
     assert band_energy(without_modes(snapshot())) == {}
     assert band_energy(skipped()) == {}
     assert band_energy(broken(snapshot())) == {}
+
+
+TIMES = st.lists(st.one_of(st.floats(0, 1e4), st.sampled_from([0.0, 10.0, 100.0, float("inf")])), max_size=20)
+
+
+@given(TIMES, FLOORS, st.sampled_from([1.0, 100.0, 2e3]))
+def test_bands_by_time_partition_the_modes(times: list[float], floor: float, remaining: float) -> None:
+    rates = np.geomspace(1, 1e-14, len(times))
+    masks = reach(rates, floor, np.array(times), remaining)
+    assert tuple(masks) == REACH
+    assert np.array_equal(np.sum(list(masks.values()), axis=0), np.ones(len(times)))
+
+
+def test_known_times() -> None:
+    rates = np.array([3.0, 2.0, 1.0, 0.5, 1e-9, float("nan")])
+    times = np.array([10.0, 10.5, 100.0, 100.5, 1.0, 1.0])
+    masks = reach(rates, 1e-6, times, 100)
+    assert [name for i in range(6) for name in REACH if masks[name][i]] == [
+        *(REACH[0], REACH[1], REACH[1], REACH[2]),
+        *(REACH[3], REACH[3]),
+    ]
+
+
+def test_energy_by_time_sums_to_one_and_decades_stay() -> None:
+    taken = training(5, 3, probes=2)[1]
+    times = np.linspace(1, 400, taken.rates.size)
+    forecast = replace(taken, time_to_learn=times, facts={"total_steps": 240.0})
+    assert remaining_steps(forecast) == 200
+    energy = reach_energy(forecast)
+    assert tuple(energy) == REACH
+    assert sum(energy.values()) == pytest.approx(1, abs=1e-12)
+    late = forecast.residual_energy[(times > 200) & (taken.rates > taken.rates_floor)].sum()
+    assert energy["out of reach"] == pytest.approx(late, abs=1e-15)
+    assert band_energy(forecast) == band_energy(taken)
+
+
+def test_without_a_forecast_there_is_no_band_by_time() -> None:
+    taken = training(5, 3, probes=2)[1]
+    times = np.ones(taken.rates.size)
+    assert reach_energy(taken) == {}
+    assert reach_energy(replace(taken, time_to_learn=times)) == {}
+    # The run is over, or longer than it was planned to be.
+    assert reach_energy(replace(taken, time_to_learn=times, facts={"total_steps": 40.0})) == {}
+    assert reach_energy(replace(taken, time_to_learn=times, facts={"total_steps": 30.0})) == {}
+    assert np.isnan(remaining_steps(taken))
+    whole = replace(taken, time_to_learn=np.where(np.arange(15) == 3, np.nan, times), facts={"total_steps": 99.0})
+    assert reach_energy(whole) == {}
+    assert reach_energy(skipped()) == reach_energy(without_modes(taken)) == reach_energy(broken(taken)) == {}
+
+
+@given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(0, 200)), min_size=1, max_size=20), st.floats(1, 200))
+def test_the_residual_out_of_reach_is_its_late_share(modes: list[tuple[float, float]], remaining: float) -> None:
+    energy, times = [value for value, _ in modes], [time for _, time in modes]
+    found = residual_out_of_reach(np.array(energy), np.array(times), remaining)
+    assert found == pytest.approx(twins_modes.out_of_reach(energy, times, remaining), abs=1e-12)
+    assert 0 <= found <= 1
+
+
+def test_what_no_step_moves_is_out_of_reach() -> None:
+    assert residual_out_of_reach(np.array([3.0, 1.0]), np.array([5.0, np.inf]), 10) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("energy", "times", "remaining"),
+    [
+        ([], [], 10.0),
+        ([1.0], [], 10.0),
+        ([1.0], [5.0], 0.0),
+        ([1.0], [5.0], float("nan")),
+        ([0.0], [5.0], 10.0),
+        ([float("nan")], [5.0], 10.0),
+        ([1.0], [float("nan")], 10.0),
+    ],
+)
+def test_nothing_is_said_where_nothing_is_known(energy: list[float], times: list[float], remaining: float) -> None:
+    assert np.isnan(residual_out_of_reach(np.array(energy), np.array(times), remaining))
+
+
+def test_a_quarter_of_the_rows_is_readable() -> None:
+    assert [readable(64), readable(64, 10), readable(3)] == [16, 160, 1]

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from ntk_monitor.errors import InputError
 from ntk_monitor.kernel import empirical_ntk
 from ntk_monitor.losses import Loss, Terms, bce_with_logits, cross_entropy, mse
-from ntk_monitor.modes import Modes, weighted
+from ntk_monitor.modes import Modes, Tracks, weighted
+from tests import twins_modes
 
 N = 7
 
@@ -156,3 +157,107 @@ def test_the_floor_follows_the_jacobian() -> None:
     low, high = (Modes.of(np.eye(2), terms, jacobian_eps=eps) for eps in (0.0, 1e-3))
     assert low.floor < 1e-15
     assert high.floor == pytest.approx(2 * (8 * 1e-3) ** 2, rel=1e-6)
+
+
+def test_one_basis_for_the_whole_run() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(N, 4, dtype=torch.float64), torch.randint(3, (N,))
+    first, _ = modes_of(model, x, y, cross_entropy())
+    start = first.in_basis(empirical_ntk(model, x).numpy(), first.terms.gradient)
+    np.testing.assert_allclose(start.rates, first.rates, atol=1e-12)
+    np.testing.assert_allclose(start.coordinates, first.coordinates)
+    assert start.off_diagonal < 1e-12
+    descend(model, x, y, cross_entropy(), 0.5, 20)
+    later, kernel = cross_entropy().terms(model(x).detach(), y), empirical_ntk(model, x)
+    seen = first.in_basis(kernel.numpy(), later.gradient)
+    assert (seen.coordinates**2).sum() == pytest.approx((first.terms.residual(later.gradient) ** 2).sum(), rel=1e-12)
+    s = blocks(first.terms.root, N, 3)
+    m = first.vectors.T @ s.T @ kernel.reshape(N * 3, -1).numpy() @ s @ first.vectors
+    np.testing.assert_allclose(seen.rates, np.diag(m), atol=1e-12)
+    whole = (m**2).sum()
+    assert seen.off_diagonal == pytest.approx(np.sqrt((whole - (np.diag(m) ** 2).sum()) / whole), rel=1e-9)
+    assert 0.01 < seen.off_diagonal < 1
+    grown = first.in_basis(3 * empirical_ntk(model, x).numpy(), later.gradient)
+    assert grown.off_diagonal == pytest.approx(seen.off_diagonal)
+    with pytest.raises(InputError, match=r"7 samples × 3 outputs, the kernel shape \(2, 2\)"):
+        first.in_basis(np.eye(2), later.gradient)
+
+
+def test_a_later_gradient_step_is_predicted_in_the_fixed_basis() -> None:
+    # Squares on a linear model: the kernel stands still, so each column keeps its speed.
+    (model, x), y = problem(2), torch.randn(N, 2, dtype=torch.float64)
+    first, _ = modes_of(model, x, y, mse())
+    lr = 1 / first.rates[0]
+    earlier = first
+    for _ in range(3):
+        descend(model, x, y, mse(), lr)
+        terms = mse().terms(model(x).detach(), y)
+        seen = first.in_basis(empirical_ntk(model, x).numpy(), terms.gradient)
+        assert seen.off_diagonal < 1e-12
+        wanted = (1 - lr * first.rates) * first.carried(earlier.terms.gradient)
+        np.testing.assert_allclose(seen.coordinates, wanted, atol=1e-12)
+        earlier, _ = modes_of(model, x, y, mse())
+
+
+def planted(values: np.ndarray, vectors: np.ndarray) -> Modes:
+    """Modes of M = V diag(values) Vᵀ, solved for anew: in order of size, signs at random."""
+    n = len(values)
+    terms = Terms(0.0, np.ones((n, 1)), np.ones((n, 1)), np.ones((n, 1)))
+    return Modes.of((vectors * values) @ vectors.T, terms)
+
+
+def test_tracks_follow_crossing_eigenvalues() -> None:
+    generator = np.random.default_rng(0)
+    n, probes = 8, 12
+    vectors = np.linalg.qr(generator.normal(size=(n, n)))[0]
+    tracks, found, by_rank = Tracks(count=4), [], []
+    before = None
+    for t in np.linspace(0, 1, probes):
+        # Mode 0 falls through modes 1 to 3; the basis turns a little at each probe.
+        values = np.array([8 - 6.5 * t, 6.03, 4.51, 3.02, 1, 0.5, 0.2, 0.1])
+        wobble = generator.normal(size=(n, n))
+        vectors = vectors @ np.linalg.qr(np.eye(n) + 0.02 * (wobble - wobble.T))[0]
+        modes = planted(values, vectors)
+        found.append(tracks.follow(modes))
+        if before is not None:
+            by_rank.append(np.square((before.vectors[:, :4] * modes.vectors[:, :4]).sum(axis=0)).mean())
+        before = modes
+    assert found[0].identities.tolist() == [0, 1, 2, 3]
+    assert np.isnan(found[0].overlaps).all()
+    assert found[-1].identities.tolist() == [1, 2, 3, 0]
+    assert set(np.concatenate([probe.identities for probe in found])) == {0, 1, 2, 3}
+    assert min(probe.overlaps.mean() for probe in found[1:]) > 0.98
+    # At each of the three crossings, two of the four ranks hold another mode than before.
+    assert sum(overlap < 0.55 for overlap in by_rank) == 3
+
+
+def test_what_drops_out_for_one_probe_keeps_its_identity_and_what_is_lost_never_returns() -> None:
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+    values = np.array([8.0, 7, 6, 5, 4, 3, 2, 1])
+    tracks = Tracks(count=2)
+    assert tracks.follow(planted(values, vectors)).identities.tolist() == [0, 1]
+    # Mode 1 falls to rank 3 and comes back.
+    assert tracks.follow(planted(np.array([8.0, 5.5, 6, 5, 4, 3, 2, 1]), vectors)).identities.tolist() == [0, 2]
+    assert tracks.follow(planted(values, vectors)).identities.tolist() == [0, 1]
+    other = np.linalg.qr(np.random.default_rng(1).normal(size=(8, 8)))[0]
+    new = tracks.follow(planted(values, other))
+    assert min(new.identities) >= 4
+    assert np.isnan(new.overlaps).all()
+    # A probe of another size starts anew, with numbers not used before.
+    assert min(tracks.follow(planted(values[:3], np.eye(3))).identities) > max(new.identities)
+
+
+@settings(max_examples=20)
+@given(st.integers(2, 6), st.floats(0.05, 0.6), st.integers(0, 99))
+def test_the_assignment_has_the_largest_overlap_of_all(n: int, size: float, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    turn = generator.normal(size=(n, n))
+    vectors = np.linalg.qr(np.eye(n) + size * (turn - turn.T))[0]
+    values = np.arange(n, 0, -1.0)
+    tracks = Tracks(count=n, least=0.0)
+    first, second = planted(values, np.eye(n)), planted(generator.permutation(values), vectors)
+    tracks.follow(first)
+    found = tracks.follow(second)
+    squares = np.square(first.vectors.T @ second.vectors)
+    assert found.overlaps.sum() == pytest.approx(twins_modes.assignment(squares), abs=1e-12)
+    assert sorted(found.identities) == list(range(n))
