@@ -62,9 +62,7 @@ def outlier_sample(run: Run, t: Thresholds) -> Sign | None:
 def unscaled_target(run: Run, t: Thresholds) -> Sign | None:
     """Regression targets are far larger than what a network gives at the start."""
     rms, offset = run.latest("target_rms"), run.latest("target_offset")
-    if run.last.loss.startswith(("cross_entropy", "bce")) or not (
-        rms > t["large"] or (rms > 1 and offset > t["offset"])
-    ):
+    if run.loss.startswith(("cross_entropy", "bce")) or not (rms > t["large"] or (rms > 1 and offset > t["offset"])):
         return None
     outputs = run.fact("output_rms").values
     start = f"; the outputs began at {short(float(outputs[0]))}" if len(outputs) else ""
@@ -113,7 +111,7 @@ def unnormalised_input(run: Run, t: Thresholds) -> Sign | None:
 @rule("loss", ("loss", "texts.optimizer"), "gradients of a summed loss grow with the batch", ratio=0.5)
 def summed_loss(run: Run, t: Thresholds) -> Sign | None:
     """The loss sums over samples, so that the step grows with the batch size."""
-    if "(sum" not in run.last.loss.replace(" ", ""):
+    if "(sum" not in run.loss.replace(" ", ""):
         return None
     batch = run.latest("batch_size")
     factor = f"{short(batch)} times" if batch > 1 else "as many times as the batch has samples"
@@ -121,7 +119,7 @@ def summed_loss(run: Run, t: Thresholds) -> Sign | None:
     return Sign(
         "info" if fine else "warning",
         (run.first.step, run.last.step),
-        f"the loss is {run.last.loss}",
+        f"the loss is {run.loss}",
         f"Its gradient is {factor} that of a mean: learning rate, clipping and weight decay mean something else, and "
         "change with the batch size. The last, smaller batch of an epoch makes a smaller step.",
         'Use reduction="mean".',

@@ -5,6 +5,11 @@ import numpy as np
 from ntk_monitor.health.rule import Sign, Thresholds, listed, rule, short
 from ntk_monitor.health.run import Run
 
+_SAME = "The network gives every sample the same answer: what it is fed no longer matters."
+_COLLAPSE = (
+    "Look for weight decay that eats the head's weights, dead or saturated layers, a learning rate that was too high "
+    "early, or inputs that are constant."
+)
 _EXACT = "a kernel is a sum of squared gradients: zero means that no gradient reaches the layer"
 
 
@@ -100,11 +105,29 @@ def vanishing_signal(run: Run, t: Thresholds) -> Sign | None:
     )
 
 
-@rule("outputs", ("facts.output_spread", "facts.output_rms"), "audit: outputs of healthy networks differ", spread=0.02)
+@rule(
+    "outputs",
+    ("facts.output_spread", "facts.output_rms", "loss_value"),
+    "audit: outputs of healthy networks differ between samples, and by more than at the start",
+    spread=0.02,
+    shrunk=0.2,
+    loss=0.85,
+)
 def collapsed_outputs(run: Run, t: Thresholds) -> Sign | None:
     """The outputs are the same for every sample, at the last three probes."""
     spread = run.fact("output_spread").since(1)
     last = spread.last(3)
+    # Where the mean is near zero as well, only the size that the differences once had can tell.
+    size = run.series(lambda s: s.facts.get("output_spread", np.nan) * s.facts.get("output_rms", np.nan))
+    shrunk = float(size.last(3).values.max() / size.values[0]) if len(size) > 3 and size.values[0] > 0 else 1.0
+    if len(last) == 3 and shrunk < t["shrunk"] and run.loss_ratio() > t["loss"]:
+        return Sign(
+            "error",
+            (size.span()[0], last.span()[1]),
+            f"differences of outputs between samples have shrunk to {shrunk:.0%} of those at the start or less",
+            _SAME,
+            _COLLAPSE,
+        )
     targets, mean = run.latest("target_rms"), run.latest("target_offset")
     # Outputs far from zero vary little next to their size where the targets do.
     expected = 1 / mean if targets > 0 and mean > 1 else 1.0
@@ -116,9 +139,8 @@ def collapsed_outputs(run: Run, t: Thresholds) -> Sign | None:
         "error",
         last.span(),
         f"outputs varied over samples by {last.values.max():.1%} of their size at most, at the last three probes{hit}",
-        "The network gives every sample the same answer: what it is fed no longer matters.",
-        "Look for dead or saturated layers, a head whose weights decayed to zero, a learning rate that was too high "
-        "early, or inputs that are constant.",
+        _SAME,
+        _COLLAPSE,
     )
 
 

@@ -4,14 +4,11 @@ The ratio of stability is 1 / lr_headroom_high, sharpness over the full-batch bo
 quadratic loss diverges at full batch. lr_headroom_low is the factor up to which batches of the run's size are stable.
 """
 
-import re
-
 import numpy as np
 
 from ntk_monitor.health.rule import Sign, Thresholds, rule, short
 from ntk_monitor.health.run import Run, Series
 
-_WORDS = re.compile(r"\bfinite\b|\bNaN\b|\binf(inity)?\b|overflow", re.IGNORECASE)
 _COHEN = "Cohen et al. 2021 (edge of stability); intervals measured in mid-training states"
 
 
@@ -30,10 +27,22 @@ def _falls(losses: Series, since: int, by: float) -> bool:
     return len(later) > 1 and bool(later[1:].min() < (1 - by) * later[0])
 
 
-@rule("learning rate", ("metrics.lr_headroom_high", "loss_value"), _COHEN, over=1.0, spike=1.5, probes=3, fall=0.05)
+@rule(
+    "learning rate",
+    ("metrics.lr_headroom_high", "loss_value"),
+    _COHEN,
+    over=1.0,
+    spike=1.5,
+    far=2.0,
+    probes=3,
+    fall=0.05,
+)
 def lr_too_high(run: Run, t: Thresholds) -> Sign | None:
-    """Above the full-batch bound for several probes while the loss does not fall; or far above it at the end."""
+    """Above the full-batch bound for several probes while the loss does not fall, or far above it before a wreck."""
     ratio, losses = _ratio(run), run.losses()
+    wreck = _wreck(run, ratio, t["far"])
+    if wreck is not None:
+        return wreck
     last = ratio.last(int(t["probes"]))
     if len(last) < int(t["probes"]):
         return None
@@ -50,6 +59,26 @@ def lr_too_high(run: Run, t: Thresholds) -> Sign | None:
     if recent.values.min() > t["spike"] and (rising or not falls):
         return Sign("warning", recent.span(), evidence, f"A spike of the loss is near. {meaning}", advice)
     return None
+
+
+def _wreck(run: Run, ratio: Series, far: float) -> Sign | None:
+    """Far above the bound once, and nothing learned since: a network that broke early can look stable later."""
+    over = np.flatnonzero(ratio.values > far)
+    if not over.size:
+        return None
+    step, worst = int(ratio.steps[over[0]]), float(ratio.values[over[0]])
+    nan = [bad for bad in run.non_finite() if bad > step]
+    if not nan and not (run.loss_ratio() > 0.9 and run.progress() > 0.3):
+        return None
+    after = "outputs were not finite later" if nan else f"the loss is still {run.loss_ratio():.0%} of its first value"
+    return Sign(
+        "error",
+        (step, max([*nan, run.last.step])),
+        f"at step {step} sharpness was {short(worst)} times the bound; {after}",
+        "Steps were so long that they threw the network out of the region where it could learn. Dead units, and a loss "
+        "that no longer moves, are what this leaves behind.",
+        f"Start again with the learning rate divided by about {short(2 * worst)}, or with a warm-up.",
+    )
 
 
 @rule("learning rate", ("metrics.lr_headroom_high", "loss_value"), _COHEN, low=0.8, high=1.3, probes=3, fall=0.05)
@@ -157,8 +186,7 @@ def lr_spent(run: Run, t: Thresholds) -> Sign | None:
 @rule("loss", ("status", "reason", "predictions", "loss_value"), "IEEE 754: infinities and NaN never recover")
 def non_finite(run: Run, _: Thresholds) -> Sign | None:
     """NaN or infinity in outputs, loss or kernel."""
-    bad = [s.step for s in run.skipped if _WORDS.search(s.reason)]
-    bad += [s.step for s in run.snapshots if np.isinf(s.loss_value) or not np.isfinite(s.predictions).all()]
+    bad = run.non_finite()
     if not bad:
         return None
     ratio = _ratio(run)
@@ -181,10 +209,10 @@ def non_finite(run: Run, _: Thresholds) -> Sign | None:
 )
 def loss_diverging(run: Run, t: Thresholds) -> Sign | None:
     """The last three losses are all above the first one, and not on their way down."""
-    losses, probed = run.losses(), run.series(lambda snapshot: snapshot.loss_value)
+    losses, probed = run.losses(), run.probe_losses()
     if len(losses) < 4 or losses.values[0] <= 0:
         return None
-    first, last = float(losses.values[0]), losses.last(3)
+    first, last = float(min(losses.values[0], *probed.values[:1])), losses.last(3)
     down = last.values[-1] < 0.8 * last.values[0]
     if last.values.min() <= t["up"] * first or down:
         return None
@@ -192,7 +220,7 @@ def loss_diverging(run: Run, t: Thresholds) -> Sign | None:
         return None  # the trainer's loss has other terms or noise; on the probe it has fallen
     times = short(float(last.values.min()) / first)
     return Sign(
-        "error" if run.last.loss else "warning",
+        "error" if run.loss else "warning",
         last.span(),
         f"the loss was {short(first)} at step {losses.steps[0]} and {short(float(last.values[-1]))} at step "
         f"{last.steps[-1]}, at the last three probes at least {times} times the first",
@@ -215,7 +243,7 @@ def no_progress(run: Run, t: Thresholds) -> Sign | None:
     if len(losses) < 4 or losses.values.min() <= 0 or run.latest("accuracy") > t["accuracy"]:
         return None
     best = float(np.minimum(losses.values[-1], np.median(losses.values[-3:])))
-    first = float(losses.values[:2].mean())
+    first = float(max(losses.values[0], *run.probe_losses().values[:1]))
     if not run.progress() >= t["progress"] or best < (1 - t["fall"]) * first or best > 1.3 * first:
         return None
     return Sign(

@@ -16,6 +16,8 @@ from ntk_monitor.snapshot import Floats, Snapshot
 
 Array = NDArray[np.float64]
 
+_NOT_FINITE = re.compile(r"\bfinite\b|\bNaN\b|\binf(inity)?\b|overflow", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class Series:
@@ -93,17 +95,37 @@ class Run:
         in evaluation mode, where BatchNorm's statistics take a while to settle.
         """
         seen = self.fact("train_loss")
-        return seen if len(seen) >= 3 else self.series(lambda snapshot: snapshot.loss_value)
+        return seen if len(seen) >= 3 else self.probe_losses()
+
+    def probe_losses(self) -> Series:
+        """Return the loss on the probe over steps, in evaluation mode."""
+        return self.series(lambda snapshot: snapshot.loss_value)
 
     def loss_ratio(self) -> float:
-        """Return the loss at the end over that at the start (each the mean of at most two probes), or NaN.
+        """Return the loss at the end (mean of two) over that at the start, or NaN without three positive losses.
 
-        Losses that are not positive have no ratio.
+        A run may learn most of what it learns before the second probe: the start is the larger of the first mean of
+        the trainer's losses and the first loss on the probe.
         """
-        values = self.losses().values
+        values, probed = self.losses().values, self.probe_losses().values
         if len(values) < 3 or values.min() <= 0:
             return float("nan")
-        return float(values[-2:].mean() / values[:1].mean())
+        return float(values[-2:].mean() / max(values[0], *probed[:1]))
+
+    @property
+    def loss(self) -> str:
+        """The name of the loss, where it is known at any probe."""
+        return next((s.loss for s in reversed(self.measured) if s.loss), "")
+
+    def non_finite(self) -> tuple[int, ...]:
+        """Return the steps of probes, skipped ones included, where outputs, loss or kernel were NaN or infinite."""
+        return tuple(
+            s.step
+            for s in self.snapshots
+            if (s.status == "skipped" and _NOT_FINITE.search(s.reason))
+            or np.isinf(s.loss_value)
+            or not np.isfinite(s.predictions).all()
+        )
 
     def progress(self) -> float:
         """Return the share of the planned run that lies before the last probe, or NaN when no plan is known."""
