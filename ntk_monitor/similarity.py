@@ -31,12 +31,22 @@ def alignment(kernel: Array, targets: Array) -> float:
 
     Source: Cortes, Mohri and Rostamizadeh 2012; Song et al. 2012, equation 5 (unbiased HSIC).
     """
-    if len(kernel) < 4:
-        return float("nan")
     centred = targets - targets.mean(axis=0)
-    labels = centred @ centred.T
-    kk, yy = _hsic(kernel, kernel), _hsic(labels, labels)
-    return float(_hsic(kernel, labels) / np.sqrt(kk * yy)) if kk > 0 and yy > 0 else float("nan")
+    return cka(kernel, centred @ centred.T)
+
+
+def cka(a: Array, b: Array) -> float:
+    """Return the centred kernel alignment of two (N, N) kernels of the same samples, unbiased; NaN below 4 samples.
+
+    HSIC(A, B) / √(HSIC(A, A) HSIC(B, B)) with the unbiased HSIC estimator: about 0 for unrelated kernels of any size,
+    1 for equal ones; adding a constant to a kernel changes nothing.
+
+    Source: Kornblith et al. 2019; Song et al. 2012, equation 5.
+    """
+    if len(a) < 4:
+        return float("nan")
+    aa, bb = _hsic(a, a), _hsic(b, b)
+    return float(_hsic(a, b) / np.sqrt(aa * bb)) if aa > 0 and bb > 0 else float("nan")
 
 
 def _hsic(k: Array, y: Array) -> float:
