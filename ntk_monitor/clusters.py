@@ -114,7 +114,9 @@ def matched(before: Basis, after: Basis, *, count: int | None = None, overlap: f
 
     Args:
         before: modes of the first probe.
-        after: modes of the second, of the same samples and outputs.
+        after: modes of the second, of the same samples and outputs, in the coordinates of the first: where the loss's
+            curvature moves (not for squared errors), weight both kernels with that of the first probe,
+            `Modes.of(later_kernel, earlier.terms)`. Otherwise the change of weights alone takes identities away.
         count: leading modes to look at; default a quarter of them, at most 64. Never those below the noise floor.
         overlap: least tr(P₀ P₁)/d of a confirmed block, above 1/2.
 

@@ -143,15 +143,19 @@ class Tracks:
     _identities: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64), repr=False)
     _next: int = field(default=0, repr=False)
 
-    def follow(self, modes: Modes) -> Followed:
+    def follow(self, vectors: Array) -> Followed:
         """Return the identities of this probe's leading modes. A probe of another size starts anew.
+
+        Args:
+            vectors: (n, n) eigenvectors as columns, leading ones first, of K (`Spectrum.eigenvectors`) or of M
+                (`Modes.vectors`). Under a loss whose curvature moves, those of M turn with it and are soon lost.
 
         Cost: (2·count)² · n multiply-adds.
         """
         # Imported here: scipy.optimize takes about half a second to load.
         from scipy.optimize import linear_sum_assignment
 
-        vectors = modes.vectors[:, : 2 * self.count]
+        vectors = vectors[:, : 2 * self.count]
         size = vectors.shape[1]
         identities = np.full(size, -1, dtype=np.int64)
         overlaps = np.full(size, np.nan)

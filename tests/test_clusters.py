@@ -193,3 +193,54 @@ def test_a_planted_turn_is_measured(angle: float) -> None:
 def test_no_residual_no_rotation() -> None:
     basis = solved(made(np.array([3.0, 1.0])))
     assert np.isnan(rotation(matched(basis, basis, count=2), np.zeros(2), np.zeros(2)).turned)
+
+
+def linked(rates: Array, change: float, count: int) -> int:
+    """Clusters among the leading modes by the rule that does not work: link neighbours closer than 5 % or 2 |dM|."""
+    gaps = (rates[: count - 1] - rates[1:count]) / rates[: count - 1]
+    return 1 + int((gaps >= np.maximum(0.05, 2 * change / rates[: count - 1])).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("squares", [True, False], ids=["squares", "cross-entropy"])
+def test_ordinary_training_does_not_melt_the_modes_into_one(squares: bool) -> None:
+    torch = pytest.importorskip("torch")
+    from sklearn.datasets import load_digits
+
+    from ntk_monitor.kernel import empirical_ntk
+    from ntk_monitor.losses import cross_entropy, mse
+    from ntk_monitor.modes import Modes
+
+    images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    images, loss = (images / 16).double(), mse() if squares else cross_entropy()
+    targets = torch.nn.functional.one_hot(labels, 10).double() if squares else labels
+    sizes: list[list[int]] = []
+    chains: list[int] = []
+    for activation in (torch.nn.ReLU, torch.nn.Tanh):
+        for adam in (False, True):
+            torch.manual_seed(0)
+            layers = [torch.nn.Linear(64, 64), activation(), torch.nn.Linear(64, 64), activation()]
+            model = torch.nn.Sequential(*layers, torch.nn.Linear(64, 10)).double()
+            parameters = model.parameters()
+            optimizer = torch.optim.AdamW(parameters, 1e-3) if adam else torch.optim.SGD(parameters, 0.1, 0.9)
+            before = None
+            for step in range(241):
+                if step % 40 == 0:
+                    kernel = empirical_ntk(model, images[:40]).numpy()
+                    terms = loss.terms(model(images[:40]).detach(), targets[:40])
+                    if before is not None:
+                        after = Modes.of(kernel, before.terms)
+                        found = matched(before, after, count=16)
+                        sizes.append([block.before.size for block in found.blocks])
+                        m0, m1 = ((one.vectors * one.rates) @ one.vectors.T for one in (before, after))
+                        chains.append(linked(before.rates, float(np.linalg.norm(m1 - m0, 2)), 16))
+                    before = Modes.of(kernel, terms)
+                batch = torch.randint(100, len(images), (64,))
+                optimizer.zero_grad()
+                loss.function(model(images[batch]), targets[batch]).backward()
+                optimizer.step()
+    assert len(sizes) == 24
+    # Ten outputs: at initialisation the leading mode is ten nearly equal ones. Nothing larger is ever needed.
+    assert max(size for probe in sizes for size in probe) <= 10
+    assert sum(len(probe) >= 3 for probe in sizes) >= 12
+    assert sum(count <= 2 for count in chains) >= 20

@@ -218,7 +218,7 @@ def test_tracks_follow_crossing_eigenvalues() -> None:
         wobble = generator.normal(size=(n, n))
         vectors = vectors @ np.linalg.qr(np.eye(n) + 0.02 * (wobble - wobble.T))[0]
         modes = planted(values, vectors)
-        found.append(tracks.follow(modes))
+        found.append(tracks.follow(modes.vectors))
         if before is not None:
             by_rank.append(np.square((before.vectors[:, :4] * modes.vectors[:, :4]).sum(axis=0)).mean())
         before = modes
@@ -235,16 +235,16 @@ def test_what_drops_out_for_one_probe_keeps_its_identity_and_what_is_lost_never_
     vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
     values = np.array([8.0, 7, 6, 5, 4, 3, 2, 1])
     tracks = Tracks(count=2)
-    assert tracks.follow(planted(values, vectors)).identities.tolist() == [0, 1]
+    assert tracks.follow(planted(values, vectors).vectors).identities.tolist() == [0, 1]
     # Mode 1 falls to rank 3 and comes back.
-    assert tracks.follow(planted(np.array([8.0, 5.5, 6, 5, 4, 3, 2, 1]), vectors)).identities.tolist() == [0, 2]
-    assert tracks.follow(planted(values, vectors)).identities.tolist() == [0, 1]
+    assert tracks.follow(planted(np.array([8.0, 5.5, 6, 5, 4, 3, 2, 1]), vectors).vectors).identities.tolist() == [0, 2]
+    assert tracks.follow(planted(values, vectors).vectors).identities.tolist() == [0, 1]
     other = np.linalg.qr(np.random.default_rng(1).normal(size=(8, 8)))[0]
-    new = tracks.follow(planted(values, other))
+    new = tracks.follow(planted(values, other).vectors)
     assert min(new.identities) >= 4
     assert np.isnan(new.overlaps).all()
     # A probe of another size starts anew, with numbers not used before.
-    assert min(tracks.follow(planted(values[:3], np.eye(3))).identities) > max(new.identities)
+    assert min(tracks.follow(planted(values[:3], np.eye(3)).vectors).identities) > max(new.identities)
 
 
 @settings(max_examples=20)
@@ -256,8 +256,8 @@ def test_the_assignment_has_the_largest_overlap_of_all(n: int, size: float, seed
     values = np.arange(n, 0, -1.0)
     tracks = Tracks(count=n, least=0.0)
     first, second = planted(values, np.eye(n)), planted(generator.permutation(values), vectors)
-    tracks.follow(first)
-    found = tracks.follow(second)
+    tracks.follow(first.vectors)
+    found = tracks.follow(second.vectors)
     squares = np.square(first.vectors.T @ second.vectors)
     assert found.overlaps.sum() == pytest.approx(twins_modes.assignment(squares), abs=1e-12)
     assert sorted(found.identities) == list(range(n))
