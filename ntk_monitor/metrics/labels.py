@@ -70,6 +70,7 @@ def label_energy(measured: Measured) -> float:
 )
 def label_energy_chance(measured: Measured) -> float:
     """What label_energy is on average when the same targets are shuffled over the samples."""
+    measured.centred_targets  # noqa: B018 - raises where there is nothing to compare with
     vectors = measured.modes.eigenvectors
     assert vectors is not None
     n, top = measured.samples, vectors[:, : _first_tenth(measured.samples)]

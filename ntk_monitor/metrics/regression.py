@@ -94,6 +94,7 @@ def gcv(kernel: Array, targets: Array, ridge: float) -> float:
 
 
 @metric(
+    name="sample_loo",
     formula="Σ_n |(P_nn)⁻¹ (P y)_n|² / Σ_n |y_n - mean of the others|², ρ = 1e-3 tr K / n",
     range=(0, math.inf),
     unit="fraction",
@@ -121,7 +122,7 @@ def sample_loo_error(measured: Measured) -> float:
     tier="A",
     default=False,
     source="Craven and Wahba 1978; Wei, Hu and Steinhardt 2022",
-    lies_when="several outputs (left out); see sample_loo_error",
+    lies_when="several outputs (left out); see sample_loo",
 )
 def gcv_error(measured: Measured) -> float:
     """Cross-validation estimate of the error of kernel regression relative to predicting the mean, one output."""
