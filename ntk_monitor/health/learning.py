@@ -9,6 +9,7 @@ import numpy as np
 from ntk_monitor.health.rule import Sign, Thresholds, rule, short
 from ntk_monitor.health.run import Run, Series
 
+_LEAST = 1e-12
 _COHEN = "Cohen et al. 2021 (edge of stability); intervals measured in mid-training states"
 
 
@@ -16,9 +17,7 @@ def _ratio(run: Run) -> Series:
     """Return sharpness over the full-batch bound, reduced by what a small probe over-estimates."""
     bias = run.fact("sharpness_bias").values
     factor = 1 + max(float(np.median(bias)), 0.0) if len(bias) else 1.0
-    headroom = run.metric("lr_headroom_high")
-    kept = headroom.values > 0
-    return Series(headroom.steps[kept], 1 / (headroom.values[kept] * factor))
+    return run.series(lambda s: 1 / max(s.metrics.get("lr_headroom_high", np.nan) * factor, _LEAST))
 
 
 def _falls(losses: Series, since: int, by: float) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from ntk_monitor.health.run import Run
 
 Severity: TypeAlias = Literal["error", "warning", "info"]
@@ -65,7 +67,10 @@ class Rule:
 
     def __call__(self, run: Run) -> Finding | None:
         """Return what the rule finds. Only rules that need "status" are asked about a run without measured probes."""
-        sign = self.check(run, self.thresholds) if run.measured or "status" in self.needs else None
+        if not run.measured and "status" not in self.needs:
+            return None
+        with np.errstate(all="ignore"):  # numbers of a run that broke may overflow here too
+            sign = self.check(run, self.thresholds)
         if sign is None:
             return None
         return Finding(
