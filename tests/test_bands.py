@@ -129,7 +129,7 @@ def test_energy_by_time_sums_to_one_and_decades_stay() -> None:
 
 
 def test_without_a_forecast_there_is_no_band_by_time() -> None:
-    taken = training(5, 3, probes=2)[1]
+    taken = replace(training(5, 3, probes=2)[1], time_to_learn=np.empty(0), facts={})
     times = np.ones(taken.rates.size)
     assert reach_energy(taken) == {}
     assert reach_energy(replace(taken, time_to_learn=times)) == {}

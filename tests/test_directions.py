@@ -196,3 +196,13 @@ def test_what_does_not_fit_is_refused() -> None:
         directions.output_groups(3, 2, ["one"])
     with pytest.raises(InputError, match=r"one number per output, \(2, 1\), got \(2, 2\)"):
         directions.pattern("mine", np.zeros((2, 2)), np.ones((2, 1)))
+
+
+def test_one_wrong_sample_can_hold_the_residual() -> None:
+    p = np.array([0.9, 0.9, 0.001])
+    f = torch.from_numpy(np.log(np.stack([p, 1 - p], axis=1)))
+    terms = cross_entropy().terms(f, torch.zeros(3, dtype=torch.long))
+    shares = directions.sample_shares(terms.residual(), 3)
+    np.testing.assert_allclose(shares, (1 / p - 1) / (1 / p - 1).sum(), rtol=1e-9)
+    assert shares[2] > 0.99
+    assert directions.sample_shares(np.zeros(6), 3).tolist() == [0, 0, 0]
