@@ -217,8 +217,9 @@ def test_batches_of_a_tanh_network_have_the_limits_found_before() -> None:
     for value in out:
         grads = torch.autograd.grad(value, [p for layer in layers for p in layer.parameters()], retain_graph=True)
         rows.append(torch.cat([g.reshape(-1) for g in grads]))
-    kernel = torch.stack(rows).numpy()
-    weighted = 2 / 24 * kernel @ kernel.T
+    jacobian = torch.stack(rows).numpy()
+    kernel = jacobian @ jacobian.T
+    weighted = 2 / 24 * kernel
     full = mean_square_limit(weighted, 24, 24)
     found = [mean_square_limit(weighted, 24, size) / full for size in (1, 2, 6, 12, 24)]
     np.testing.assert_allclose(found, [0.2845, 0.504, 0.884, 0.974, 1.0], atol=0.0006)

@@ -40,7 +40,8 @@ def mode_energies(kernel: Array, targets: Array) -> list[tuple[float, float]]:
 
 
 def class_contrast(kernel: Array, labels: NDArray[np.int64]) -> float:
-    same, different = [], []
+    same: list[float] = []
+    different: list[float] = []
     for i, j in itertools.combinations(range(len(labels)), 2):
         cosine = kernel[i, j] / (kernel[i, i] * kernel[j, j]) ** 0.5
         (same if labels[i] == labels[j] else different).append(cosine)
@@ -51,7 +52,7 @@ def sample_loo(kernel: Array, targets: Array, ridge: float, intercept: bool) -> 
     """Refit without each sample in turn; the intercept is a free weight of the model."""
     samples, columns = targets.shape
     if len(kernel) == samples:
-        kernel = np.kron(kernel, np.eye(columns))
+        kernel = np.asarray(np.kron(kernel, np.eye(columns)), dtype=np.float64)
     residuals = np.zeros((samples, columns))
     for n in range(samples):
         out = np.arange(n * columns, (n + 1) * columns)
@@ -109,7 +110,7 @@ def batch_losses(weighted: Array, residual: Array, lr: float, samples: int, size
     """Loss after each step of every possible sequence of batches, averaged: (steps + 1,)."""
     outputs = len(residual) // samples
     batches = list(itertools.combinations(range(samples), size))
-    found = [residual @ residual / 2]
+    found = [float(residual @ residual / 2)]
     states = [residual]
     for _ in range(steps):
         moved = []
@@ -119,7 +120,7 @@ def batch_losses(weighted: Array, residual: Array, lr: float, samples: int, size
                 w[list(batch)] = samples / size
                 moved.append(u - lr * weighted @ (np.repeat(w, outputs) * u))
         states = moved
-        found.append(np.mean([u @ u / 2 for u in states]))
+        found.append(float(np.mean([u @ u / 2 for u in states])))
     return np.array(found)
 
 
