@@ -143,7 +143,7 @@ def _damaged(draw: st.DrawFn) -> list[Snapshot]:
     return history
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_damaged())
 def test_rules_survive_anything_without_a_warning(history: list[Snapshot]) -> None:
     with warnings.catch_warnings():
