@@ -98,7 +98,7 @@ class Modes:
         Raises:
             InputError: a kernel of another size.
 
-        Cost: 4 (N·C)³ multiply-adds, a few times cheaper than `Modes.of`.
+        Cost: 4 (N·C)³ multiply-adds, about half of `Modes.of`.
         """
         n, c = self.terms.gradient.shape
         if kernel.size != (n * c) ** 2:
