@@ -87,7 +87,7 @@ CASES = [
          edit(loss="cross_entropy(mean, label_smoothing=0.1)")),
     Case("summed_loss", both(texts(optimizer="AdamW"), edit(loss="mse(sum)")), "info", "sum", edit(loss="")),
     # Layers
-    Case("dead_layer", _zero(1), "warning", "body.2", both(_zero(1), texts(structural_zeros="body.2.weight, head"))),
+    Case("dead_layer", _zero(1), "warning", "body.2", both(_zero(1), texts(structural_zeros="body.2, head"))),
     Case("dead_layer", _zero(1, since=6), "warning", "from step 150",
          edit(layer_trace=lambda k: np.array([0.0 if k == 0 else 1e-7 * k, 270.0, 360.0, 180.0]))),  # LoRA's A
     Case("dead_layer", both(_zero(0), edit(layer_trace=np.array([0.0, 0.0, 0.0, 180.0]))), "error", "3 of 4",
@@ -215,6 +215,11 @@ def test_explained_forecasts_name_the_reason() -> None:
         edit(facts={"forecast_error": 0.9}, metrics={"linearisation_error": 0.9})(HEALTHY), "unreliable_forecast"
     )
     assert "tangent itself" in finding.meaning
+
+
+def test_a_bias_that_is_taken_out_does_not_excuse_its_layer() -> None:
+    assert _found(both(_zero(1), texts(structural_zeros="body.2.bias"))(HEALTHY), "dead_layer")
+    assert _found(both(_zero(1), texts(structural_zeros="body"))(HEALTHY), "dead_layer") == []
 
 
 def test_classes_compete_by_construction() -> None:

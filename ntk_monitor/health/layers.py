@@ -14,9 +14,11 @@ _EXACT = "a kernel is a sum of squared gradients: zero means that no gradient re
 
 
 def _structural(run: Run, layer: str) -> bool:
-    """True when a layer's kernel may be zero by construction: named itself, or by a parameter or parent of it."""
-    names = run.named("structural_zeros")
-    return any(name == layer or name.startswith(f"{layer}.") or layer.startswith(f"{name}.") for name in names)
+    """True when a layer's kernel may be zero by construction: it is named, or a module it is part of.
+
+    A parameter of it that is named says nothing: a layer whose bias a norm takes out must not die.
+    """
+    return any(layer == name or layer.startswith(f"{name}.") for name in run.named("structural_zeros"))
 
 
 @rule("layers", ("layer_trace", "layers", "texts.structural_zeros"), _EXACT, zero=1e-12, probes=2, share=0.3)

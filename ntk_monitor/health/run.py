@@ -140,7 +140,7 @@ class Run:
     def named(self, name: str) -> frozenset[str]:
         """Return the layers or parameters that a text of this name lists at any probe."""
         texts = (snapshot.texts.get(name, "") for snapshot in self.measured)
-        return frozenset(word for text in texts for word in re.split(r"[,;\s]+", text) if word)
+        return frozenset(word for text in texts for word in re.split(r"[,;:\s]+", text) if word)
 
     def layers(self, name: str, since: int = 0) -> tuple[tuple[str, ...], NDArray[np.int64], Array]:
         """Return the layers, the steps (k,) and an array over layers (k, L) at probes that have it, from a step on.
