@@ -78,7 +78,7 @@ class Network:
         return np.asarray((r @ r.T) * (h @ h.T) + (d @ d.T) * (x @ x.T))
 
 
-def estimates(network: Network, size: int, draws: int = 200) -> list[NoiseScale]:
+def estimates(network: Network, size: int, draws: int = 120) -> list[NoiseScale]:
     return [
         noise_scale(network.gram(np.random.default_rng(seed).choice(1400, size, replace=False)))
         for seed in range(draws)

@@ -30,8 +30,9 @@ _WORDS = (
     ),
     Scalar(
         "explained_error",
-        "fraction of the outputs' motion",
-        "error of the simulation with the mean of both kernels: what is left is optimizer and batches, not the kernel",
+        "fraction",
+        "error of the simulation with the mean of both kernels, relative to the motion of the outputs: what is left is "
+        "optimizer and batches, not the kernel",
         "means nothing when the outputs hardly moved",
     ),
 )

@@ -48,7 +48,8 @@ def steps_to_learn(
     largest = np.maximum(np.abs(half + root), np.abs(half - root))
     with np.errstate(divide="ignore"):
         steps = np.log(left) / np.log(largest)
-    return np.asarray(np.where(largest < 1, steps, np.inf))
+    # A mode without a rate has a root at 1, up to rounding.
+    return np.asarray(np.where(largest < 1 - 1e-13, steps, np.inf))
 
 
 @metric(
