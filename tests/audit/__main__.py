@@ -1,0 +1,74 @@
+"""Run the alarm audit: every case in a process of its own; prints and writes the table and all that was recorded."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from tests.audit import report
+from tests.audit.cases import CASES, named
+from tests.audit.runs import Outcome, load, read, run, saved
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.audit", description=__doc__)
+    parser.add_argument("--only", default="", help="names or parts of them, with commas between, or healthy or sick")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/audit"), help="directory of records and table")
+    parser.add_argument("--again", action="store_true", help="apply today's rules to the records of the last time")
+    parser.add_argument("--here", action="store_true", help="in this process, without a table; names must be whole")
+    options = parser.parse_args(argv)
+    wanted = [part for part in options.only.split(",") if part]
+    if options.here:
+        for name in wanted:
+            saved(run(named(name), options.out / name), options.out)
+        return 0
+    names = [c.name for c in CASES if not wanted or any(w in c.name or w == c.kind for w in wanted)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        step = partial(again if options.again else apart, folder=options.out)
+        for outcome in pool.map(step, names):
+            say(report.line(outcome))
+            for problem in filter(None, (*outcome.warnings, *outcome.skipped, outcome.error)):
+                say(f"    {problem}")
+            outcomes.append(outcome)
+    text = report.table(outcomes)
+    (options.out / "audit.md").write_text(text, "utf-8")
+    say(f"\n{text}\n{options.out / 'audit.md'}")
+    return 0 if all(o.quiet if o.kind == "healthy" else o.named for o in outcomes) else 1
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def apart(name: str, folder: Path) -> Outcome:
+    """Run one case in its own process, on one thread."""
+    command = [sys.executable, "-m", "tests.audit", "--here", "--only", name, "--out", str(folder)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        case = named(name)
+        return Outcome(name, case.kind, case.about, error=done.stderr[-2000:])
+    return load(folder / f"{name}.json")
+
+
+def again(name: str, folder: Path) -> Outcome:
+    """Read the record of the last time anew."""
+    case, outcome = named(name), load(folder / f"{name}.json")
+    outcome.causes = case.causes
+    outcome.bound = case.bound
+    read(outcome, folder / name)
+    saved(outcome, folder)
+    return outcome
+
+
+if __name__ == "__main__":
+    sys.exit(main())
