@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from ntk_monitor.errors import InputError, LossUnknownError, NTKMonitorError
 from ntk_monitor.guard import undisturbed
 from ntk_monitor.kernel import MEMORY_LIMIT, Kernel, measured
+from ntk_monitor.look import Now, Outlook
 from ntk_monitor.losses import Loss, Terms, recognised
 from ntk_monitor.modes import Modes
 from ntk_monitor.network import Network
-from ntk_monitor.outlook import Now, Outlook, Watch
+from ntk_monitor.outlook import Watch
 from ntk_monitor.probe import Probe, default_samples
 from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
 from ntk_monitor.say import say
@@ -246,6 +247,9 @@ class Monitor:
             step=raw.step,
             layout=raw.layout,
             values=raw.values,
+            spectrum=raw.spectrum,
+            jacobian_eps=_eps(raw),
+            targets=self._target_features(),
             predictions=raw.predictions,
             terms=terms,
             modes=modes,

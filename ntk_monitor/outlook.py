@@ -3,14 +3,12 @@
 Each part is measured on its own. One that cannot be measured leaves a sentence in `texts` and takes nothing else along.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ntk_monitor import directions, facts
 from ntk_monitor.dynamics.kept import Kept
@@ -19,9 +17,11 @@ from ntk_monitor.dynamics.linearise import coupled
 from ntk_monitor.dynamics.stability import stability
 from ntk_monitor.dynamics.updates import blocks, decompose, distance
 from ntk_monitor.dynamics.verdict import SMALL_MOTION
+from ntk_monitor.dynamics.zeros import structural_zeros
 from ntk_monitor.errors import NTKMonitorError
-from ntk_monitor.losses import Loss, Terms
-from ntk_monitor.modes import Modes
+from ntk_monitor.foresight import Foresight
+from ntk_monitor.look import Now, Outlook
+from ntk_monitor.metrics import METRICS, NAMES, Measured, evaluate
 from ntk_monitor.noise import NoiseScale, gradient_gram, noise_scale, pooled
 from ntk_monitor.optimizers import OptimizerState, read
 from ntk_monitor.probe import Probe
@@ -32,45 +32,14 @@ Array = NDArray[np.float64]
 # Probes whose noise estimates are pooled: a run's noise scale grows over thousands of steps, not over ten probes.
 _POOLED = 10
 
+# Probes at which the leave-one-out error is computed, which costs a solve.
+_EARLY = 3
+
+# Cosine of weights and gradient below which a layer's scale does not matter; rounding in float32 is near 1e-6.
+_SCALE_FREE = 1e-4
+
 # Copies of the weights: of the first and of the previous probe.
 _KEPT_BYTES = 2**30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Now:
-    """One probe as the monitor hands it over, at the weights of this moment."""
-
-    step: int
-    layout: str
-    values: Array
-    """Square float64 kernel, (N·C, N·C) for the full layout."""
-    predictions: Tensor
-    """(N, ...), float64 on the CPU."""
-    terms: Terms | None
-    modes: Modes | None
-    labels: NDArray[np.int64] | None
-    loss: Loss | None
-    optimizers: Sequence[Optimizer]
-    batch_size: int | None = None
-    population: int | None = None
-    total_steps: int | None = None
-    reference: Probe | None = None
-    clip: float | None = None
-    rates: Array = field(default_factory=lambda: np.empty((0, 0)))
-    """Learning rates of the steps since the previous probe, (steps, groups); empty when they are not known."""
-    rates_ahead: Callable[[int], Array | None] | None = None
-
-
-@dataclass(slots=True)
-class Outlook:
-    """Fields of the Snapshot that `Watch.look` fills."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, float] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
-    layers: tuple[str, ...] = ()
-    directions: tuple[str, ...] = ()
-    arrays: dict[str, Any] = field(default_factory=dict)
 
 
 class Watch:
@@ -83,6 +52,11 @@ class Watch:
         self._noise: list[NoiseScale] = []
         self._kept: tuple[Kept, Array | None] | None = None
         self._first: Kept | None = None
+        self._foresight = Foresight(model, recipe, probe)
+        self._named: tuple[directions.Direction, ...] = ()
+        self._looks = 0
+        self._values: Array | None = None
+        self._first_values: Array | None = None
 
     def look(self, now: Now) -> Outlook:
         """Measure all parts."""
@@ -93,8 +67,10 @@ class Watch:
             self._guarded(found, "stability", lambda: self._stability(now, found, state))
         self._guarded(found, "noise", lambda: self._noise_scale(now, found))
         self._guarded(found, "layers", lambda: self._layers(found, state))
+        self._guarded(found, "metrics", lambda: self._registered(now, found))
         self._guarded(found, "updates", lambda: self._updates(now, found))
         self._guarded(found, "directions", lambda: self._directions(now, found))
+        self._guarded(found, "forecast", lambda: self._foresight.look(now, found, state, self._named))
         return found
 
     def _guarded(self, found: Outlook, part: str, measure: Callable[[], None]) -> None:
@@ -198,6 +174,14 @@ class Watch:
             device=recipe.device,
             seed=recipe.seed,
         )
+        if not traces.trace.all():
+            zeros = structural_zeros(
+                self._model, self._probe.inputs, params=recipe.params, forward=recipe.forward, mode="train"
+            )
+            found.texts["structural_zeros"] = ", ".join(zeros)
+        free = [name for name, radial in zip(traces.names, traces.radial, strict=True) if radial < _SCALE_FREE]
+        if free:
+            found.texts["scale_free"] = ", ".join(free)
         norms = facts.norms(self._model, group)
         found.layers = traces.names
         found.arrays |= {
@@ -205,6 +189,36 @@ class Watch:
             "layer_share": traces.share,
             "layer_norm": np.array([norms.get(name, np.nan) for name in traces.names]),
         }
+
+    def _registered(self, now: Now, found: Outlook) -> None:
+        """Evaluate every metric of the registry that is on, a user's own included."""
+        measured = Measured(
+            kernel=now.values,
+            samples=self._probe.samples,
+            layout=now.layout,
+            jacobian_eps=now.jacobian_eps,
+            targets=now.targets,
+            labels=now.labels,
+            gradient=None if now.terms is None else now.terms.gradient,
+            loss="" if now.loss is None else now.loss.kind,
+            rates=None if now.modes is None else now.modes.rates,
+            coordinates=None if now.modes is None else now.modes.coordinates,
+            lr=found.facts.get("lr", float("nan")),
+            previous=self._values,
+            first=self._first_values,
+            layer_trace=dict(zip(found.layers, found.arrays.get("layer_trace", np.empty(0)).tolist(), strict=True)),
+            layer_speed=dict(zip(found.layers, found.arrays.get("layer_share", np.empty(0)).tolist(), strict=True)),
+            solved=now.spectrum,
+        )
+        names = [m.name for m in METRICS.values() if m.default and m.name not in NAMES]
+        # The kernel adapts even to random labels of the probe, so that only the first errors say something of the task.
+        names += ["sample_loo"] if self._looks < _EARLY else []
+        self._looks += 1
+        known = found.facts
+        found.facts = {name: v for name, v in evaluate(measured, names).items() if np.isfinite(v)} | known
+        self._values = now.values
+        if self._first_values is None:
+            self._first_values = now.values
 
     def _updates(self, now: Now, found: Outlook) -> None:
         """Compare with the weights of the previous probe, and keep those of this one."""
@@ -235,20 +249,22 @@ class Watch:
         return blocks([name for name, p in self._model.named_parameters() if p.requires_grad])
 
     def _directions(self, now: Now, found: Outlook) -> None:
+        """Follow the user's directions, or the residual of each class or output."""
+        self._named = ()
         if now.modes is None or now.terms is None:
             return
         n, c = now.terms.gradient.shape
-        groups = directions.default_groups(n, c, now.labels)
-        if not groups:
-            return
         u = now.terms.residual()
-        named = directions.parts(groups, u)
-        found.directions = tuple(groups)
-        found.arrays |= {
-            "direction_residual": directions.residuals(named, u),
-            "direction_rate": directions.rates(named, now.modes.rates, now.modes.vectors),
-            "interference": directions.interference(now.values, now.terms.gradient, groups),
-        }
+        if self._recipe.directions:
+            wanted = {name: np.asarray(w, dtype=np.float64) for name, w in self._recipe.directions.items()}
+            self._named = tuple(directions.pattern(name, w, now.terms.root) for name, w in wanted.items())
+        elif groups := directions.default_groups(n, c, now.labels):
+            self._named = directions.parts(groups, u)
+            found.arrays["interference"] = directions.interference(now.values, now.terms.gradient, groups)
+        if self._named:
+            found.directions = tuple(direction.name for direction in self._named)
+            found.arrays["direction_residual"] = directions.residuals(self._named, u)
+            found.arrays["direction_rate"] = directions.rates(self._named, now.modes.rates, now.modes.vectors)
 
 
 def _speeds(model: nn.Module, state: OptimizerState) -> dict[str, Tensor] | None:

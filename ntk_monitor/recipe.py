@@ -1,6 +1,7 @@
 """Recipe: every option of a monitor, once. The callback, the plain loop and the command line share it."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal, TypeAlias
@@ -70,28 +71,30 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if self.every_n_steps is not None and not self.every_n_steps >= 1:
-            raise InputError(f"every_n_steps must be at least 1 or None, got {self.every_n_steps!r}")
-        if not 0 < self.max_overhead <= 1:
-            raise InputError(f"max_overhead must be a fraction in (0, 1], got {self.max_overhead!r}")
+        self._check_numbers()
         if self.outputs not in ("auto", "full", "trace", "sum", "loss"):
             raise InputError(f"outputs must be auto, full, trace, sum or loss, got {self.outputs!r}")
         if self.engine not in ("auto", "structured", "reference", "rows"):
             raise InputError(f"engine must be auto, structured, reference or rows, got {self.engine!r}")
+        if self.forward is not None and not callable(self.forward):
+            raise InputError(f"forward must be callable(module, inputs), got {type(self.forward).__name__}")
+        if self.directions is not None and not isinstance(self.directions, Mapping):
+            raise InputError(f"directions must map names to arrays (N, C), got {type(self.directions).__name__}")
+        if not self.log_prefix or self.log_prefix != self.log_prefix.strip("/ "):
+            raise InputError(f"log_prefix must be a non-empty tag without outer slashes, got {self.log_prefix!r}")
+
+    def _check_numbers(self) -> None:
+        if not 0 < self.max_overhead <= 1:
+            raise InputError(f"max_overhead must be a fraction in (0, 1], got {self.max_overhead!r}")
         if self.memory_limit is not None and not self.memory_limit > 0:
             raise InputError(f"memory_limit must be positive bytes or None, got {self.memory_limit!r}")
-        if self.reference < 0:
-            raise InputError(f"reference must be 0 (no forecasts) or a number of samples, got {self.reference!r}")
-        for name in ("batch_size", "total_steps"):
+        for name, zero in (("reference", "no forecasts"), ("gram_every", "never")):
+            if (count := getattr(self, name)) < 0:
+                raise InputError(f"{name} must be 0 ({zero}) or positive, got {count!r}")
+        for name in ("every_n_steps", "batch_size", "total_steps"):
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise InputError(f"{name} must be at least 1 or None, got {value!r}")
-        if self.gram_every < 0:
-            raise InputError(f"gram_every must be 0 (never) or positive, got {self.gram_every!r}")
-        if self.forward is not None and not callable(self.forward):
-            raise InputError(f"forward must be callable(module, inputs), got {type(self.forward).__name__}")
-        if not self.log_prefix or self.log_prefix != self.log_prefix.strip("/ "):
-            raise InputError(f"log_prefix must be a non-empty tag without outer slashes, got {self.log_prefix!r}")
 
     def _check_types(self) -> None:
         wanted: dict[str, tuple[Any, ...]] = {

@@ -159,11 +159,15 @@ ARRAYS: dict[str, Stored] = {
         ("mode",), "sqrt(loss units)", "the same residual along the eigenvectors of the previous probe's M"
     ),
     "time_to_learn": Stored(
-        ("mode",), "optimizer steps", "simulated steps until the residual along each mode is a tenth; inf: not in reach"
+        ("mode",), "optimizer steps", "simulated steps until the energy of each mode is a tenth; inf: not in reach"
     ),
-    "forecast_steps": Stored(("tick",), "optimizer steps", "steps of the forecast, from this probe's on", dtype="int64"),
+    "forecast_steps": Stored(
+        ("tick",), "optimizer steps", "steps of the forecast, from this probe's on", dtype="int64"
+    ),
     "forecast_loss": Stored(("tick",), "loss units", "loss on the probe, forecast from this probe's kernel"),
-    "layer_trace": Stored(("layer",), "squared output units", "trace of each layer's own kernel; they sum to the trace"),
+    "layer_trace": Stored(
+        ("layer",), "squared output units", "trace of each layer's own kernel; they sum to the trace"
+    ),
     "layer_share": Stored(
         ("layer",), "fraction", "share of the layers in the trace of lr J D J^T, D the optimizer's preconditioner"
     ),
@@ -178,7 +182,7 @@ ARRAYS: dict[str, Stored] = {
     "direction_residual": Stored(("direction",), "sqrt(loss units)", "residual along each named direction"),
     "direction_rate": Stored(("direction",), "1 / learning rate", "d^T M d / |d|^2 of each named direction"),
     "direction_eta": Stored(
-        ("direction",), "optimizer steps", "simulated steps until the residual along it is a tenth; inf: not in reach"
+        ("direction",), "optimizer steps", "simulated steps until its energy is a tenth; inf: not in reach"
     ),
     "interference": Stored(
         ("direction", "direction_2"),

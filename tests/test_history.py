@@ -83,7 +83,7 @@ def test_scalars_come_from_metrics_or_fields_and_are_nan_where_missing() -> None
     np.testing.assert_array_equal(history.scalar("loss_value"), [1.25, 3.25])
     np.testing.assert_array_equal(history.scalar("previous_step"), [0, np.nan])
     np.testing.assert_array_equal(history.scalar("overhead"), [np.nan, np.nan])
-    with pytest.raises(InputError, match="no scalar is called 'tracee'; choose one of trace, "):
+    with pytest.raises(InputError, match="no scalar is called 'tracee'; choose one of lr_headroom_low, "):
         history.scalar("tracee")
 
 

@@ -25,12 +25,15 @@ class LayerTraces:
     Attributes:
         names: of the modules; a loose parameter of the root stands for itself.
         trace: (L,) of J_l J_lᵀ, squared output units; they sum to the trace of the kernel, up to the estimate's error.
+        radial: (L,) largest cosine of the weights (of two axes and more) with their gradients. 0: the layer is scale
+            free, as one before a norm is, so that its kernel shrinks as 1/|w|². NaN without such weights.
         share: (L,) of lr J_l D J_lᵀ, normalised to 1: how much of the next step's motion each layer is set up to make.
     """
 
     names: tuple[str, ...]
     trace: Array
     share: Array
+    radial: Array
 
 
 def layer(parameter: str) -> str:
@@ -72,10 +75,12 @@ def layer_traces(  # noqa: PLR0913 - options of a Network, by keyword
         outputs = network.outputs(network.prepared(owned(inputs)))
         generator = torch.Generator().manual_seed(seed)
         names = list(dict.fromkeys(group(name) for name in network.parameters))
-        found = np.zeros((2, len(names)))
+        found, radial = np.zeros((2, len(names))), np.zeros(len(names))
         for _ in range(probes):
             signs = torch.randint(2, outputs.shape, generator=generator).to(outputs) * 2 - 1
-            for name, g in _gradients(outputs, network.parameters, signs).items():
+            gradients = _gradients(outputs, network.parameters, signs)
+            radial = np.maximum(radial, [_radial(network.parameters, gradients, group, name) for name in names])
+            for name, g in gradients.items():
                 squares = g.double().abs().square()
                 weights = None if scale is None else scale[name].to(squares)
                 found[:, names.index(group(name))] += (
@@ -84,7 +89,7 @@ def layer_traces(  # noqa: PLR0913 - options of a Network, by keyword
                 )
     trace, share = found / probes
     total = share.sum()
-    return LayerTraces(tuple(names), trace, share / total if total > 0 else share)
+    return LayerTraces(tuple(names), trace, share / total if total > 0 else share, radial)
 
 
 def _gradients(outputs: Tensor, parameters: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
@@ -92,3 +97,13 @@ def _gradients(outputs: Tensor, parameters: Mapping[str, Tensor], cotangent: Ten
         outputs, list(parameters.values()), cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     return {name: g.to_dense() for name, g in zip(parameters, found, strict=True)}
+
+
+def _radial(
+    parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], group: Callable[[str], str], layer: str
+) -> float:
+    """Return the cosine of a layer's weights with their gradients."""
+    pairs = [(p.detach().double(), gradients[n].double()) for n, p in parameters.items() if group(n) == layer]
+    pairs = [(p, g) for p, g in pairs if p.dim() > 1 and p.is_floating_point()]
+    size = sum(float(p.square().sum()) for p, _ in pairs) * sum(float(g.square().sum()) for _, g in pairs)
+    return abs(sum(float((p * g).sum()) for p, g in pairs)) / size**0.5 if size > 0 else float("nan")

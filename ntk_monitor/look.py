@@ -1,0 +1,58 @@
+"""What is handed to a look at a run, and what it finds: the monitor's side and the record's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ntk_monitor.losses import Loss, Terms
+from ntk_monitor.modes import Modes
+from ntk_monitor.probe import Probe
+from ntk_monitor.spectrum import Spectrum
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Now:
+    """One probe as the monitor hands it over, at the weights of this moment."""
+
+    step: int
+    layout: str
+    values: Array
+    """Square float64 kernel, (N·C, N·C) for the full layout."""
+    spectrum: Spectrum
+    jacobian_eps: float
+    targets: Array | None
+    """(N, D), one-hot classes or numbers."""
+    predictions: Tensor
+    """(N, ...), float64 on the CPU."""
+    terms: Terms | None
+    modes: Modes | None
+    labels: NDArray[np.int64] | None
+    loss: Loss | None
+    optimizers: Sequence[Optimizer]
+    batch_size: int | None = None
+    population: int | None = None
+    total_steps: int | None = None
+    reference: Probe | None = None
+    clip: float | None = None
+    rates: Array = field(default_factory=lambda: np.empty((0, 0)))
+    """Learning rates of the steps since the previous probe, (steps, groups); empty when they are not known."""
+    rates_ahead: Callable[[int], Array | None] | None = None
+
+
+@dataclass(slots=True)
+class Outlook:
+    """Fields of the Snapshot that `Watch.look` fills."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    directions: tuple[str, ...] = ()
+    arrays: dict[str, Any] = field(default_factory=dict)
