@@ -23,6 +23,7 @@ def measured(samples: int = 12, outputs: int = 2, seed: int = 0, **other: Any) -
     n = samples * outputs
     j = generator.normal(size=(n, n + 3))
     labels = np.arange(samples) % max(outputs, 2)
+    half = np.arange(n).reshape(samples, outputs) < n // 2
     fields: dict[str, Any] = {
         "kernel": j @ j.T,
         "samples": samples,
@@ -37,7 +38,7 @@ def measured(samples: int = 12, outputs: int = 2, seed: int = 0, **other: Any) -
         "first": j[:, :-5] @ j[:, :-5].T,
         "layer_trace": {"a": 1.0, "b": 3.0},
         "layer_speed": {"a": 2.0, "b": 1.0},
-        "terms": {"u": np.arange(n // 2), "v": np.arange(n // 2, n)},
+        "terms": {"u": half, "v": ~half},
         "given": {
             name: 0.5
             for name in (*NAMES, "loss_remaining", "explained_error")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from ntk_monitor.directions import cosines, interference
 from ntk_monitor.metrics.measured import Measured
 from ntk_monitor.metrics.registry import metric
 from ntk_monitor.noise import NoiseScale, gradient_gram
@@ -79,21 +80,6 @@ def first_order_decrease(measured: Measured) -> float:
     return float(loss_decrease(measured.needed("rates"), measured.needed("coordinates"), measured.lr).sum())
 
 
-def interference(kernel: Array, gradient: Array, terms: Mapping[str, NDArray[np.int64]]) -> Array:
-    """Return g_aᵀ K_ab g_b for every pair of groups of rows, (G, G).
-
-    Times minus the learning rate: the change of group a's loss by a gradient step for group b. Negative entries: the
-    two fight. Over a partition of the rows it sums to |∇L|².
-
-    Source: Doan et al. 2021; theory: signed, because overlap alone says nothing about the direction.
-    """
-    rows = np.zeros((len(terms), gradient.size))
-    flat = gradient.reshape(-1)
-    for group, index in zip(rows, terms.values(), strict=True):
-        group[index] = flat[index]
-    return np.asarray(rows @ kernel @ rows.T)
-
-
 @metric(
     formula="min over pairs a ≠ b of g_aᵀ K_ab g_b / √(g_aᵀ K_aa g_a · g_bᵀ K_bb g_b)",
     range=(-1, 1),
@@ -105,22 +91,25 @@ def interference(kernel: Array, gradient: Array, terms: Mapping[str, NDArray[np.
 def worst_conflict(measured: Measured) -> float:
     """Smallest cosine between the gradients of two loss terms or tasks; below 0 one undoes the other."""
     found = interference(measured.kernel, measured.needed("gradient"), measured.needed("terms"))
-    norms = np.sqrt(found.diagonal())
-    cosine = found / np.outer(norms, norms)
+    cosine = cosines(found)
     between = cosine[~np.eye(len(cosine), dtype=bool)]
     return float(np.nanmin(between)) if between.size else float("nan")
 
 
-def balance(kernel: Array, terms: Mapping[str, NDArray[np.int64]]) -> dict[str, float]:
+def balance(kernel: Array, terms: Mapping[str, NDArray[np.bool_]]) -> dict[str, float]:
     """Return weights that make mean-reduced loss terms learn at the same average speed; Σ 1/weight = 1.
 
     weight_a = Σ_b (tr K_bb / N_b) / (tr K_aa / N_a), N_a rows of term a: torch averages every term over its own rows.
     Infinite for a term without a gradient. The stability bound must be checked again after re-weighting.
 
+    Args:
+        kernel: (n, n).
+        terms: name → mask (N, C).
+
     Source: Wang, Yu and Perdikaris 2022, corrected for terms of different size.
     """
     diagonal = kernel.diagonal()
-    speeds = {name: float(diagonal[index].mean()) for name, index in terms.items()}
+    speeds = {name: float(diagonal[mask.reshape(-1)].mean()) for name, mask in terms.items()}
     total = sum(speeds.values())
     return {name: total / speed if speed > 0 else float("inf") for name, speed in speeds.items()}
 

@@ -37,7 +37,7 @@ class Measured:
         first: (n, n) kernel of the first probe of the run.
         layer_trace: trace of each layer's own kernel, by name, in the order of the network.
         layer_speed: trace of each layer's lr J D Jᵀ, D the optimizer's preconditioner.
-        terms: loss terms (tasks): name → rows (indices into the n rows of the kernel) that belong to it.
+        terms: loss terms or tasks: name → mask (N, C) of the outputs that belong to it.
         given: numbers measured elsewhere, by name of their metric.
         solved: the spectrum of the kernel, when there is one already.
     """
@@ -57,7 +57,7 @@ class Measured:
     first: Array | None = None
     layer_trace: Mapping[str, float] = field(default_factory=dict)
     layer_speed: Mapping[str, float] = field(default_factory=dict)
-    terms: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    terms: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     given: Mapping[str, float] = field(default_factory=dict)
     solved: Spectrum | None = None
 
