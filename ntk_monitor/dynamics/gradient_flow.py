@@ -21,7 +21,7 @@ from ntk_monitor.dynamics.objective import Objective, weighted
 from ntk_monitor.optimizers import Family
 
 _GAMMA = 1 - math.sqrt(0.5)
-_TOLERANCE = 2e-3
+_TOLERANCE = 5e-4
 """Error of a step that is accepted, relative to the outputs' motion so far, by the difference of orders one and two."""
 _NEWTON = 1e-2
 """Newton's method stops at this fraction of the tolerance."""
