@@ -68,6 +68,8 @@ CASES = [
     Case("edge_of_stability", metrics(lr_headroom_high=0.9), "info", "the loss fell",
          both(metrics(lr_headroom_high=0.9), edit(loss=plateau(0.3)))),
     Case("lr_in_noise", metrics(lr_headroom_low=0.5), "info", "2 times", metrics(lr_headroom_low=1.1)),
+    Case("lr_in_noise", metrics(lr_headroom_low=[3.0, *[0.15] * 11]), "warning", "6.67 times",
+         metrics(lr_headroom_low=[*[0.15] * 4, *[1.2] * 8])),
     Case("lr_too_low",
          both(FLAT, metrics(lr_headroom_low=300.0, residual_out_of_reach=0.9)), "warning", "300 times",
          metrics(lr_headroom_low=300.0, residual_out_of_reach=0.9)),  # room, but the loss fell
@@ -171,6 +173,13 @@ def test_rule_speaks_when_built_to_and_not_when_it_is_close(case: Case) -> None:
 def test_every_rule_has_its_two_runs() -> None:
     assert {case.rule for case in CASES} == set(NAMED)
     assert len(NAMED) == len(RULES)
+
+
+def test_a_symptom_yields_to_its_cause() -> None:
+    low = metrics(lr_headroom_low=40.0, residual_out_of_reach=0.9)
+    lost = both(FLAT, low, edit(layer_trace=np.array([1e-13, 1e-10, 1e-3, 180.0])))
+    assert [f.rule for f in findings(both(FLAT, low)(HEALTHY)) if f.severity != "info"] == ["lr_too_low"]
+    assert [f.rule for f in findings(lost(HEALTHY)) if f.severity != "info"] == ["vanishing_signal"]
 
 
 def test_a_healthy_run_is_left_alone() -> None:

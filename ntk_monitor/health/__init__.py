@@ -33,7 +33,15 @@ def findings(snapshots: Sequence[Snapshot], *, rules: Sequence[Rule] = RULES) ->
     Cost: microseconds per rule and probe.
     """
     run = Run(snapshots)
-    found = [finding for one in rules if (finding := one(run)) is not None]
+    said = {one.name: finding for one in rules if (finding := one(run)) is not None}
+    grave = {name for name, finding in said.items() if finding.severity != "info"}
+    # One cause, one finding: a symptom yields to what explains it.
+    known = {one.name: one.explained_by for one in rules}
+    found = [
+        finding
+        for name, finding in said.items()
+        if not (grave - {name} if "*" in known[name] else grave & set(known[name]))
+    ]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 

@@ -99,10 +99,28 @@ def edge_of_stability(run: Run, t: Thresholds) -> Sign | None:
     )
 
 
-@rule("learning rate", ("metrics.lr_headroom_low", "metrics.lr_headroom_high", "loss_value"), _COHEN, low=1.0, probes=3)
+@rule(
+    "learning rate",
+    ("metrics.lr_headroom_low", "metrics.lr_headroom_high", "loss_value"),
+    _COHEN,
+    low=1.0,
+    far=0.25,
+    probes=3,
+)
 def lr_in_noise(run: Run, t: Thresholds) -> Sign | None:
     """Between the small-batch bound and the full-batch bound: amber, worth knowing."""
-    low, ratio = run.metric("lr_headroom_low").last(int(t["probes"])), _ratio(run).last(int(t["probes"]))
+    headroom = run.metric("lr_headroom_low")
+    low, ratio = headroom.last(int(t["probes"])), _ratio(run).last(int(t["probes"]))
+    later = headroom.values[len(headroom) // 3 :]
+    if len(later) > t["probes"] and np.median(later) < t["far"]:
+        factor = short(1 / max(float(np.median(later)), _LEAST))
+        return Sign(
+            "warning",
+            headroom.span(),
+            f"the learning rate was {factor} times the small-batch bound (median of the last two thirds of probes)",
+            "Noise of the batches is amplified at every step: the loss stays above what it could reach.",
+            f"Divide the learning rate by about {factor}, let it decay to zero, or enlarge the batch.",
+        )
     if len(low) < t["probes"] or not len(ratio) or low.values.max() >= t["low"] or ratio.values.max() >= 1:
         return None
     batch = run.latest("batch_size")
@@ -121,6 +139,7 @@ def lr_in_noise(run: Run, t: Thresholds) -> Sign | None:
     "learning rate",
     ("metrics.lr_headroom_low", "metrics.residual_out_of_reach", "loss_value", "facts.lr"),
     "audit: a healthy run is within 10x of its bound while its loss is still above two thirds of the first",
+    explained_by=("vanishing_signal", "dead_layer", "uncovered_parameters", "non_finite", "lr_too_high"),
     headroom=10.0,
     loss=0.67,
     reach=0.3,
@@ -232,6 +251,7 @@ def loss_diverging(run: Run, t: Thresholds) -> Sign | None:
     "loss",
     ("loss_value", "facts.train_loss", "facts.total_steps"),
     "audit: every healthy run has lost 5 % of its loss by half of its steps",
+    explained_by=("*",),
     fall=0.03,
     progress=0.5,
     accuracy=0.9,

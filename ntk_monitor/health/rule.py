@@ -64,6 +64,8 @@ class Rule:
     source: str
     thresholds: Thresholds
     check: Check
+    explained_by: tuple[str, ...] = ()
+    """Rules whose error or warning explains what this one sees: then it stays silent. ("*",): any other."""
 
     def __call__(self, run: Run) -> Finding | None:
         """Return what the rule finds. Only rules that need "status" are asked about a run without measured probes."""
@@ -84,12 +86,22 @@ class Rule:
         )
 
 
-def rule(panel: str, needs: tuple[str, ...], source: str, **thresholds: float) -> Callable[[Check], Rule]:
+def rule(
+    panel: str, needs: tuple[str, ...], source: str, *, explained_by: tuple[str, ...] = (), **thresholds: float
+) -> Callable[[Check], Rule]:
     """Return a decorator that turns a function into the Rule of its name."""
 
     def decorate(check: Check) -> Rule:
         name = getattr(check, "__name__", "rule")
-        return Rule(name=name, panel=panel, needs=needs, source=source, thresholds=thresholds, check=check)
+        return Rule(
+            name=name,
+            panel=panel,
+            needs=needs,
+            source=source,
+            thresholds=thresholds,
+            check=check,
+            explained_by=explained_by,
+        )
 
     return decorate
 
