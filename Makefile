@@ -10,6 +10,8 @@ export OMP_NUM_THREADS ?= 1
 
 # Shapes in signatures are checked while tests run. Not in addopts: make gpu runs where jaxtyping's checker may be missing.
 PYTEST := $(BIN)/python -m pytest --jaxtyping-packages=ntk_monitor,tests.typechecked.typechecked --hypothesis-profile=ci
+# One process for each core; every one of them has a single thread.
+PARALLEL := -n logical --dist worksteal
 COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 .PHONY: help demo test test-all check format bench gpu clean
@@ -22,10 +24,10 @@ demo: $(STAMP) ## train a small network on real data and watch its kernel
 	$(BIN)/ntk-monitor demo
 
 test: $(STAMP) ## what CI runs: quick tests and coverage
-	$(PYTEST) -m "not slow and not gpu" $(COVERAGE)
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(COVERAGE)
 
 test-all: $(STAMP) ## every test that needs no accelerator
-	$(PYTEST) -m "not gpu" $(COVERAGE)
+	$(PYTEST) $(PARALLEL) -m "not gpu" $(COVERAGE)
 
 check: $(STAMP) ## formatting, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ntk_monitor.bands import NAMES, band_energy
+from ntk_monitor.bands import NAMES, REACH, band_energy, reach_energy, remaining_steps
 from ntk_monitor.snapshot import ARRAYS, Snapshot
 
 
@@ -172,6 +172,124 @@ def _residual(last: Snapshot) -> Iterator[Row]:
         yield Row("residual by speed", "off", f"Modes are off: {last.modes_reason.rstrip('.')}.")
 
 
+def _stability(measured: Sequence[Snapshot]) -> Iterator[Row]:
+    """Say what the learning rate could be multiplied by, at the last probe where that is known."""
+    known = [snapshot for snapshot in measured if "lr_headroom_high" in snapshot.metrics]
+    if not known:
+        if reason := measured[-1].texts.get("stability", ""):
+            yield Row("learning rate", "no bound known", f"{_sentence(reason)}.")
+        return
+    at = known[-1]
+    low, high = at.metrics["lr_headroom_low"], at.metrics["lr_headroom_high"]
+    optimizer, batch = at.texts.get("optimizer", "the optimizer"), at.facts.get("batch_size", math.nan)
+    batches = f"batches of {batch:.0f}" if math.isfinite(batch) else "batches"
+    if high < 1:
+        meaning = f"Above the bound of {optimizer} even for full-batch steps: the loss should rise or jump."
+    elif low < 1:
+        meaning = (
+            f"Between the bounds: noise of {batches} may unsettle steps, full-batch ones would be stable. "
+            "Many healthy runs train here; if the loss jumps, this is why."
+        )
+    else:
+        meaning = (
+            f"Steps of {optimizer} become unstable somewhere in between: the lower end is for noise of {batches}, "
+            "the upper for full-batch steps. There is room above the present rate."
+        )
+    bias = at.facts.get("sharpness_bias", math.nan)
+    small = f" With {_plural(at.samples, 'probe sample')} it reads about {bias:.0%} too strict." if bias >= 0.05 else ""
+    when = "" if at is measured[-1] else f" (step {at.step})"
+    yield Row("learning rate", f"could be multiplied by {_short(low)} to {_short(high)}{when}", meaning + small)
+
+
+def _noise(last: Snapshot) -> Iterator[Row]:
+    scale, batch = last.metrics.get("noise_scale", math.nan), last.facts.get("batch_size", math.nan)
+    bound = last.facts.get("noise_scale_bound", math.nan)
+    known = f"Your batch is {batch:.0f}. " if math.isfinite(batch) else ""
+    rule = "Well below this size steps are noisy, well above it each further sample adds little."
+    if math.isfinite(scale):
+        yield Row("noise scale", f"{_short(scale)} samples", known + rule)
+    elif math.isfinite(bound):
+        meaning = f"{known}The gradient drowns in its noise on this probe, so that only a lower bound is known. {rule}"
+        yield Row("noise scale", f"more than {_short(bound)} samples", meaning)
+
+
+def _forecast(measured: Sequence[Snapshot]) -> Iterator[Row]:
+    """Say where the run will end, and how far recent forecasts could be believed."""
+    last = measured[-1]
+    made = [snapshot for snapshot in measured if "loss_remaining" in snapshot.facts]
+    if made:
+        at = made[-1]
+        target, total = at.facts["loss_remaining"], at.facts.get("total_steps", math.nan)
+        end = f"at the end (step {total:.0f})" if math.isfinite(total) else f"at step {at.forecast_steps[-1]:.0f}"
+        meaning = f"Simulated from the kernel of step {at.step}, with {at.texts.get('optimizer', 'the optimizer')}"
+        meaning += " and the learning rates to come. The kernel will move; take it as a direction."
+        yield Row("loss forecast", f"{_short(target)} {end}", meaning)
+    elif reason := last.texts.get("forecast", ""):
+        yield Row("loss forecast", "none", f"{_sentence(reason.removeprefix('none: '))}.")
+    yield from _trust(measured)
+
+
+def _trust(measured: Sequence[Snapshot]) -> Iterator[Row]:
+    errors = [s.facts["forecast_error"] for s in measured if "forecast_error" in s.facts][-5:]
+    if errors:
+        middle = sorted(errors)[len(errors) // 2]
+        word = "good" if middle < 0.2 else "fair" if middle < 0.5 else "poor"
+        meaning = (
+            f"Median miss of the last {_plural(len(errors), 'forecast')} from one probe to the next, relative to how "
+            "far the outputs moved. Forecasting no change misses 100 %."
+        )
+        linear = [s.metrics["linearisation_error"] for s in measured if "linearisation_error" in s.metrics][-5:]
+        if linear and word != "good":
+            part = sorted(linear)[len(linear) // 2]
+            blame = "the kernel moves between probes" if part > 0.5 * middle else "batch noise or the probe's size"
+            meaning += f" The tangent alone misses {part:.0%}: mostly {blame}."
+        yield Row("trust in forecasts", f"{word}, {middle:.0%} missed", meaning)
+
+
+def _reach(measured: Sequence[Snapshot]) -> Iterator[Row]:
+    """Say what the remaining steps will still learn, at the last probe with a tenth of the run to go."""
+    found = [s for s in measured if reach_energy(s) and remaining_steps(s) >= 0.1 * s.facts.get("total_steps", 0.0)]
+    if not found:
+        return
+    at = found[-1]
+    energy = reach_energy(at)
+    fast, within, late, noise = (energy[name] for name in REACH)
+    value = f"{fast + within:.0%} in reach of {remaining_steps(at):.0f} steps"
+    meaning = (
+        f"At step {at.step}: share of the residual that falls to a tenth of its energy before the run ends "
+        f"({fast:.0%} of it within a tenth of the steps left). {late:.0%} lies in modes that need longer"
+    )
+    meaning += f", {noise:.0%} in modes that nothing moves." if noise >= 0.005 else "."
+    yield Row("residual in reach", value, meaning)
+    etas = [(eta, name) for eta, name in zip(at.direction_eta, at.directions, strict=False) if not math.isnan(eta)]
+    if len(etas) > 1:
+        known = sorted((eta, name) for eta, name in etas if math.isfinite(eta))
+        never = [name for eta, name in etas if math.isinf(eta)]
+        parts = [f"{name} in {eta:.0f} steps" for eta, name in (known[:1] + known[-1:] if len(known) > 1 else known)]
+        first = ("first and last: " if len(known) > 1 else "") + ", ".join(parts) if known else "none within the run"
+        meaning = "Until the energy of its residual is a tenth of what it was at that step."
+        if never:
+            meaning += f" Not before the end: {', '.join(never[:6])}{' ...' if len(never) > 6 else ''}."
+        yield Row("time to learn", first, meaning)
+
+
+def _updates(measured: Sequence[Snapshot]) -> Iterator[Row]:
+    """Say which layers moved the outputs."""
+    found = [s for s in measured if s.layer_update.size and s.layer_update.size == len(s.layers)]
+    if not found:
+        return
+    at = found[-1]
+    order = sorted(range(len(at.layers)), key=lambda i: -at.layer_update[i])[:3]
+    shares = ", ".join(f"{at.layers[i]} {at.layer_update[i]:.0%}" for i in order)
+    since = f"since step {at.previous_step}" if at.previous_step is not None else "since the probe before"
+    meaning = f"Which layers' own steps moved the outputs {since}, whatever the optimizer did."
+    yield Row("who moved the outputs", shares, meaning)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".")
+
+
 def _cost(last: Snapshot) -> Iterator[Row]:
     overhead = last.metrics.get("overhead", math.nan)
     spent = sum(value for value in last.seconds.values() if math.isfinite(value))
@@ -193,7 +311,19 @@ def rows(snapshots: Sequence[Snapshot]) -> tuple[Row, ...]:
     found = list(_probes(snapshots, measured))
     if measured:
         last = measured[-1]
-        for part in (_kernel(last), _size(measured), _shape(last), _learning(measured), _residual(last), _cost(last)):
+        for part in (
+            _stability(measured),
+            _forecast(measured),
+            _reach(measured),
+            _noise(last),
+            _updates(measured),
+            _learning(measured),
+            _residual(last),
+            _kernel(last),
+            _size(measured),
+            _shape(last),
+            _cost(last),
+        ):
             found += part
     return tuple(found)
 

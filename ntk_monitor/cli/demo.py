@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING
 from ntk_monitor.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
+    from ntk_monitor.health import Finding
     from ntk_monitor.history import History
 
 EXAMPLE = "ntk-monitor demo --epochs 18 --out runs/demo"
@@ -128,6 +131,7 @@ def _print_table(history: "History", console: "Console") -> None:
     from rich import box
     from rich.table import Table
 
+    from ntk_monitor.health import findings, text
     from ntk_monitor.summary import rows
 
     table = Table(box=box.SIMPLE_HEAD, show_lines=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -139,6 +143,18 @@ def _print_table(history: "History", console: "Console") -> None:
     console.print(table)
     for note in history.notes:
         console.print(note, markup=False)
+    found = findings(history.snapshots)
+    console.print(f"Health: {_counted(found)}", markup=False)
+    if shown := text([one for one in found if one.severity != "info"]):
+        console.print(shown, markup=False, soft_wrap=True)
+
+
+def _counted(found: "Sequence[Finding]") -> str:
+    errors, warnings, notes = (sum(one.severity == kind for one in found) for kind in ("error", "warning", "info"))
+    if not errors and not warnings:
+        rest = f", {notes} remarks (ntk_monitor.health.findings)" if notes else ""
+        return f"no error and no warning{rest}."
+    return f"{errors} errors, {warnings} warnings, {notes} remarks."
 
 
 def _draw(history: "History", directory: Path) -> None:
