@@ -75,13 +75,17 @@ def test_copies_of_the_samples_change_nothing_for_a_mean() -> None:
     assert stability(model, optimizer, (x, y), cross_entropy("sum")).sharpness == pytest.approx(12 * once.sharpness)
 
 
-def test_a_sum_counts_the_samples_of_a_batch_not_of_the_probe() -> None:
+def test_sums_count_the_samples_of_a_batch_and_clipping_shortens_steps() -> None:
     model, (x, y) = small(), samples()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     mean = stability(model, optimizer, (x, y), "cross_entropy", batch_size=5)
     total = stability(model, optimizer, (x, y), cross_entropy("sum"), batch_size=5)
     assert total.sharpness == pytest.approx(5 * mean.sharpness)
     assert (total.low, total.high) == pytest.approx((mean.low / 5, mean.high / 5))
+    halved = stability(model, optimizer, (x, y), "cross_entropy", batch_size=5, clipped=0.5)
+    assert (halved.low, halved.high) == pytest.approx((2 * mean.low, 2 * mean.high))
+    with pytest.raises(InputError, match="above 0 and up to 1, got 0"):
+        stability(model, optimizer, (x, y), "cross_entropy", clipped=0.0)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +333,20 @@ def test_from_kernels_of_groups(loss: Any) -> None:
     assert from_kernel(kernels, other, root) == Stability(
         reason="the step of Lion has no known bound of stability", samples=12
     )
+
+
+def test_the_bias_is_that_of_leaving_samples_out() -> None:
+    model, (x, y) = small(), samples(30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = [stability(model, optimizer, (x, y), "cross_entropy", seed=seed, tolerance=1e-6) for seed in range(6)]
+    m = dense(model, x, y, "cross_entropy", twins.sgd_steps(model, optimizer))
+    wanted = twins.jackknife(m, 30) / found[0].sharpness
+    assert float(np.mean([one.bias for one in found])) == pytest.approx(wanted, rel=0.35)
+    kernel, root = empirical_ntk(model, x), cross_entropy().terms(model(x), y).root
+    assert from_kernel([kernel], read(model, optimizer), root).bias == pytest.approx(wanted, rel=0.25)
+    # Samples that are all alike: one more or less changes nothing.
+    alike = stability(model, optimizer, (x[:1].repeat(9, 1), y[:1].repeat(9)), "cross_entropy")
+    assert alike.bias < 1e-4
 
 
 def test_a_warm_start_costs_fewer_passes() -> None:

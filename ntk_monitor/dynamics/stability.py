@@ -20,35 +20,22 @@ Sources: Cohen et al. 2021, 2022 (edge of stability, preconditioned for Adam); S
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float64
-from numpy import ndarray
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ntk_monitor.batch import Batch, mapped, moved, owned, size
+from ntk_monitor.batch import Batch, size
 from ntk_monitor.dynamics.bounds import Bounds, smallest
-from ntk_monitor.engines.operator import NTKOperator
-from ntk_monitor.engines.products import environment
+from ntk_monitor.dynamics.sharpness import Sharpness, Task, blocks, jackknife_bias
 from ntk_monitor.errors import InputError, NetworkError, NumericsError
-from ntk_monitor.guard import seeded
-from ntk_monitor.kernel import measured
 from ntk_monitor.losses import Loss, recognised
-from ntk_monitor.network import Forward, Mode, Network, Selection
+from ntk_monitor.network import Forward, Mode, Selection
 from ntk_monitor.optimizers import WARM, OptimizerState, read
-from ntk_monitor.shadow import unwrapped
-
-_PROBES = 8
-"""Random vectors for the trace, and as many for the jackknife."""
-
-_DENSE = 1024
-"""Rows up to which a loss without a root of its curvature is measured by whole matrices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +84,7 @@ def stability(  # noqa: PLR0913 - the public door
     *,
     batch_size: int | None = None,
     population: int | None = None,
+    clipped: float = 1.0,
     params: Selection | None = None,
     forward: Forward | None = None,
     mode: Mode = "train",
@@ -116,6 +104,7 @@ def stability(  # noqa: PLR0913 - the public door
         loss: name, torch loss or callable (outputs, targets) → scalar.
         batch_size: samples whose loss one optimizer step follows; None: full batch, `data` is all there is.
         population: samples that batches are drawn from; None: many more than a batch.
+        clipped: factor that gradient clipping has applied to recent gradients, 1 without: steps are that much shorter.
         params: which parameters; None: all trainable. A subset gives a sharpness that is too small.
         forward: callable (module, inputs) → tensor; None: as for `empirical_ntk`.
         mode: "train": the operator that training feels. "eval" is up to 70 times too high with BatchNorm.
@@ -129,19 +118,21 @@ def stability(  # noqa: PLR0913 - the public door
         not finite, a module without the derivatives needed.
 
     Raises:
-        InputError: samples, targets or batch size that do not fit.
+        InputError: samples, targets, batch size or factor of clipping that do not fit.
     """
     x, y = data
     state = optimizer if isinstance(optimizer, OptimizerState) else read(model, optimizer)
     samples = size(x)
     if (batch_size is not None and batch_size < 1) or (population is not None and population < 1):
         raise InputError(f"batch_size and population count samples, got {batch_size} and {population}")
+    if not 0 < clipped <= 1:
+        raise InputError(f"clipped is a factor of gradients, wanted one above 0 and up to 1, got {clipped}")
     facts: dict[str, Any] = {"samples": samples, "batch_size": batch_size}
     if reason := unavailable(state):
         return Stability(reason=reason, **facts)
-    task = _Task(model, x, y, recognised(loss), params, forward, mode, seed)
+    task = Task(model, x, y, recognised(loss), params, forward, mode, seed)
     try:
-        scale = _per_batch(task.loss, samples, batch_size)
+        scale = _per_batch(task.loss, samples, batch_size) * clipped
         found = task.measured(task.steps(state, scale), start, tolerance)
     except (NetworkError, NumericsError) as error:
         return Stability(reason=str(error), **facts)
@@ -217,15 +208,13 @@ def from_kernel(
         kernel = np.einsum("nm,cd->ncmd", kernel / c, np.eye(c))
     s = root if root.ndim == 3 else root[:, :, None] * np.eye(c)
     m = np.einsum("nce,ncmd,mdf->nemf", s, kernel, s, optimize=True)
-    values, vectors = np.linalg.eigh(m.reshape(n * c, n * c))
-    v = vectors[:, -1]
-    blocks = np.einsum("ncnd->ncd", m)
-    own = float(np.einsum("nc,ncd,nd->", v.reshape(n, c), blocks, v.reshape(n, c)))
-    trace = float(np.einsum("ncc->", blocks))
-    how = (
-        f"full kernel of {n} samples" if not summed else f"kernel summed over outputs of {n} samples: an underestimate"
-    )
-    top = _Top(float(values[-1]), trace, _bias(float(values[-1]), v.reshape(n, c), own), v, how)
+    matrix = m.reshape(n * c, n * c)
+    values, vectors = np.linalg.eigh(matrix)
+    value, v = max(0.0, float(values[-1])), vectors[:, -1]
+    columns = blocks(v, n)
+    bias = jackknife_bias(value, v, n, columns, matrix @ columns)
+    how = f"{'kernel summed over outputs' if summed else 'full kernel'} of {n} samples"
+    top = Sharpness(value, float(np.trace(matrix)), bias, v, f"{how}: an underestimate" if summed else how)
     return _judged(top, smallest(state.groups, state.family), _fresh(batch_size, population), facts)
 
 
@@ -245,140 +234,7 @@ def unavailable(state: OptimizerState) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Top:
-    """What was measured of M."""
-
-    value: float
-    trace: float
-    bias: float
-    vector: NDArray[np.float64] | None
-    how: str
-    negative: float = 0.0
-
-    def scaled(self, factor: float) -> "_Top":
-        changes = {"value": self.value * factor, "trace": self.trace * factor, "negative": self.negative * factor}
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """The function whose curvature is measured, on one set of samples."""
-
-    model: nn.Module
-    x: Batch
-    y: Any
-    loss: Loss
-    params: Selection | None
-    forward: Forward | None
-    mode: Mode
-    seed: int
-
-    def steps(self, state: OptimizerState, scale: float) -> dict[str, Tensor]:
-        """Return lr·D for each parameter, zero for those that no optimizer moves."""
-        rates = {name: group.lr for group in state.groups for name in group.names}
-        trainable = {name: p for name, p in unwrapped(self.model).named_parameters() if p.requires_grad}
-        if state.family == "adam":
-            trainable_d = self._anticipated(state, scale).preconditioner(trainable) or {}
-        else:
-            trainable_d = {name: torch.ones_like(p, dtype=torch.float64) for name, p in trainable.items()}
-        return {name: rates.get(name, 0.0) * d for name, d in trainable_d.items()}
-
-    def _anticipated(self, state: OptimizerState, scale: float) -> OptimizerState:
-        """Return the state with the second moment that the step on these samples would use.
-
-        Adam squares a gradient before it divides by it, so that a step never exceeds lr (1-β₁)/√(1-β₂). The v that was
-        left by the last step does not know of a unit that wakes or a token not seen for long: its D would be 1/ε.
-        """
-        _, gradients = self._evaluated()
-        second, ages = dict(state.second), dict(state.ages)
-        for group in state.groups:
-            beta = group.betas[1]
-            for name in group.names:
-                if name not in gradients or name not in second:
-                    continue
-                fresh = (1 - beta) * (scale * gradients[name].detach().cpu().double()).square()
-                v = second[name].cpu().double()
-                second[name] = torch.maximum(v, fresh) if group.amsgrad else beta * v + fresh
-                ages[name] = ages.get(name, 0) + 1
-        return dataclasses.replace(state, second=second, ages=ages)
-
-    def _evaluated(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the outputs as the module gives them, and the gradient of the loss."""
-        with environment(self.seed):
-            batch = owned(self.x)
-            options: dict[str, Any] = {"params": self.params, "forward": self.forward, "mode": self.mode}
-            network = Network.careful(self.model, batch, **options)
-            seeded(self.seed)
-            outputs = network.raw(network.prepared(batch))
-            value = self.loss.function(outputs, moved(self.y, outputs.device))
-            parameters = list(network.parameters.values())
-            found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-        dense = [g.to_dense() for g in found]
-        return outputs.detach(), dict(zip(network.parameters, dense, strict=True))
-
-    def measured(self, steps: Mapping[str, Tensor], start: Any, tolerance: float) -> _Top | str:
-        """Return λ₁, trace and bias of M, or why there are none."""
-        if self.loss.kind == "other" and not {"shift", "delta"} & set(self.loss.options):
-            return self._indefinite(steps)
-        op = NTKOperator(
-            self.model,
-            self.x,
-            params=self.params,
-            forward=self.forward,
-            mode=self.mode,
-            preconditioner=steps,
-            loss=self.loss,
-            targets=self.y,
-            seed=self.seed,
-        )
-        n, c = op.samples, op.outputs
-        guess = start if start is not None and np.size(start) == n * c and np.isfinite(start).all() else None
-        values, vectors = op.eigsh(1, tolerance=tolerance, start=guess, vectors=True)
-        value, v = max(0.0, float(values[0])), vectors[:, 0]
-        random = np.random.default_rng(self.seed)
-        rest, own = 0.0, 0.0
-        for _ in range(_PROBES):
-            z = random.choice([-1.0, 1.0], n * c)
-            # The largest eigenvalue is known: what is estimated is the trace of the rest.
-            rest += op.quadratic(z - v * (v @ z)) / _PROBES
-            own += op.quadratic(np.repeat(random.choice([-1.0, 1.0], n), c) * v) / _PROBES
-        how = f"Lanczos on the operator of {n} samples in {self.mode} mode ({op.route}, {op.passes} passes)"
-        return _Top(value, value + rest, _bias(value, v.reshape(n, c), own), v, how)
-
-    def _indefinite(self, steps: Mapping[str, Tensor]) -> _Top | str:
-        """Eigenvalues of K^½ H K^½, which exist whatever the loss and are those of K H."""
-        outputs, _ = self._evaluated()
-        n = outputs.numel()
-        if n > _DENSE:
-            return (
-                f"{self.loss.name} has no known root of its curvature, and {n} outputs are more than the {_DENSE} "
-                "that can be measured without; pass fewer samples"
-            )
-        f, y = outputs.cpu().double(), mapped(moved(self.y, torch.device("cpu")), _double)
-        hessian = torch.autograd.functional.hessian(lambda z: self.loss.function(z.reshape(f.shape), y), f.flatten())
-        options: dict[str, Any] = {"params": self.params, "forward": self.forward, "mode": self.mode}
-        found = measured(self.model, self.x, preconditioner=steps, seed=self.seed, **options)
-        kernel = found.values.cpu().double().reshape(n, n)
-        if not (torch.isfinite(kernel).all() and torch.isfinite(hessian).all()):
-            return "kernel or curvature of the loss is not finite; look for NaN in weights and inputs"
-        squares, basis = torch.linalg.eigh(kernel)
-        half = basis * squares.clamp_min(0).sqrt()
-        values = torch.linalg.eigvalsh(half.T @ hessian @ half)
-        top, bottom = float(values[-1]), min(0.0, float(values[0]))
-        if top <= 0:
-            return f"{self.loss.name} has no positive curvature in the outputs here, so that it bounds no step"
-        if -bottom <= 1e-9 * top:
-            bottom = 0.0
-        how = f"full kernel of {size(self.x)} samples in {self.mode} mode with the loss's Hessian ({found.engine})"
-        return _Top(top, float(values.clamp_min(0).sum()), float("nan"), None, how, bottom)
-
-
-def _double(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
-
-
-def _judged(found: _Top, limits: Bounds, fresh: float, facts: dict[str, Any]) -> Stability:
+def _judged(found: Sharpness, limits: Bounds, fresh: float, facts: dict[str, Any]) -> Stability:
     low, high = limits.headroom(found.value, found.trace * fresh)
     return Stability(
         low=low,
@@ -406,17 +262,3 @@ def _fresh(batch_size: int | None, population: int | None) -> float:
 def _per_batch(loss: Loss, samples: int, batch_size: int | None) -> float:
     """Return B/N for a loss that sums over the samples: its curvature grows with the batch. 1 for means."""
     return batch_size / samples if batch_size is not None and loss.options.get("reduction") == "sum" else 1.0
-
-
-def _bias(value: float, v: Float64[ndarray, "n c"], own: float) -> float:
-    """Return the jackknife bias of λ₁, as a fraction of it.
-
-    In the parameters the curvature is a mean over samples, H = mean h_n. Leaving one out changes H by (H - h_n)/(N-1)
-    and λ₁ by the second-order term Σ_k (w_kᵀ h_n w)²/(λ₁ - λ_k)/(N-1)², whose λ_k are neglected: with w = Jᵀ S v/√λ₁
-    the bias (N-1) (mean λ₁₍₋ₙ₎ - λ₁) is N/(N-1) (Σ_n v_nᵀ M_nn v_n - λ₁ Σ_n |v_n|⁴). `own` is the first sum.
-    """
-    n = len(v)
-    if n < 2 or value <= 0:
-        return float("nan")
-    bias = n / (n - 1) * (own - value * float(np.square(np.square(v).sum(1)).sum()))
-    return max(0.0, bias) / value
