@@ -1,8 +1,6 @@
 """Run the alarm audit: every case in a process of its own; prints and writes the table and all that was recorded."""
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from tests.audit import report
-from tests.audit.cases import CASES, named
-from tests.audit.runs import Outcome, load, read, run, saved
+from tests.audit.cases import CASES, again, apart, named
+from tests.audit.runs import run, saved
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,28 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def apart(name: str, folder: Path) -> Outcome:
-    """Run one case in its own process, on one thread."""
-    command = [sys.executable, "-m", "tests.audit", "--here", "--only", name, "--out", str(folder)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        case = named(name)
-        return Outcome(name, case.kind, case.about, error=done.stderr[-2000:])
-    return load(folder / f"{name}.json")
-
-
-def again(name: str, folder: Path) -> Outcome:
-    """Read the record of the last time anew."""
-    case, outcome = named(name), load(folder / f"{name}.json")
-    outcome.causes = case.causes
-    outcome.bound = case.bound
-    read(outcome, folder / name)
-    saved(outcome, folder)
-    return outcome
 
 
 if __name__ == "__main__":

@@ -133,11 +133,9 @@ def _train(case: Case, folder: Path, outcome: Outcome) -> None:
     seeded()
     job = case.make()
     outcome.steps = job.steps
-    # One optimizer step in between: with it the first forecast is of a run in motion.
     monitor = NTKMonitor(every_n_steps=max(1, job.steps // job.probes), log_dir=str(folder))
-    with warnings.catch_warnings():
-        loop: L.Trainer = trainer(folder, [monitor], **{"max_steps": job.steps, "max_epochs": -1, **job.options})
-        loop.fit(job.module, job.data)
+    loop: L.Trainer = trainer(folder, [monitor], **{"max_steps": job.steps, "max_epochs": -1, **job.options})
+    loop.fit(job.module, job.data)
     outcome.losses = [float(part.mean()) for part in np.array_split(np.array(job.module.losses), 20) if len(part)]
     outcome.score = job.score(job.module.eval())
 
