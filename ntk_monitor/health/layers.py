@@ -21,7 +21,15 @@ def _structural(run: Run, layer: str) -> bool:
     return any(layer == name or layer.startswith(f"{name}.") for name in run.named("structural_zeros"))
 
 
-@rule("layers", ("layer_trace", "layers", "texts.structural_zeros"), _EXACT, zero=1e-30, probes=2, share=0.3)
+@rule(
+    "layers",
+    ("layer_trace", "layers", "texts.structural_zeros"),
+    _EXACT,
+    explained_by=("vanishing_signal",),
+    zero=1e-30,
+    probes=2,
+    share=0.3,
+)
 def dead_layer(run: Run, t: Thresholds) -> Sign | None:
     """No gradient reaches a layer at any of the last probes, after its own parameters could have moved."""
     # At step 0 a layer behind zeros (LoRA's A, a zero gamma) is only waiting for them to move.
