@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntk_monitor import errors as errors
+    from ntk_monitor.dynamics.forecast import Forecast as Forecast
+    from ntk_monitor.dynamics.forecast import forecast as forecast
+    from ntk_monitor.dynamics.stability import Stability as Stability
+    from ntk_monitor.dynamics.stability import max_stable_lr as max_stable_lr
+    from ntk_monitor.dynamics.stability import stability as stability
     from ntk_monitor.engines.operator import NTKOperator as NTKOperator
     from ntk_monitor.errors import HistoryError as HistoryError
     from ntk_monitor.errors import InputError as InputError
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Forecast": "dynamics.forecast",
     "History": "history",
     "HistoryError": "errors",
     "InputError": "errors",
@@ -43,12 +49,17 @@ _HOMES = {
     "Recorder": "recorder",
     "Snapshot": "snapshot",
     "Spectrum": "spectrum",
+    "Stability": "dynamics.stability",
     "empirical_ntk": "kernel",
+    "forecast": "dynamics.forecast",
     "load_history": "history",
+    "max_stable_lr": "dynamics.stability",
     "plan": "planner",
+    "stability": "dynamics.stability",
 }
 
 __all__ = [
+    "Forecast",
     "History",
     "HistoryError",
     "InputError",
@@ -63,9 +74,13 @@ __all__ = [
     "Recorder",
     "Snapshot",
     "Spectrum",
+    "Stability",
     "empirical_ntk",
+    "forecast",
     "load_history",
+    "max_stable_lr",
     "plan",
+    "stability",
 ]
 
 
