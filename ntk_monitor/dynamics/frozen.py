@@ -17,8 +17,9 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ntk_monitor.batch import Batch, size
-from ntk_monitor.dynamics.linearise import joined, natural_mode, pusher
+from ntk_monitor.batch import Batch, joined, size
+from ntk_monitor.dynamics.ahead import Scene
+from ntk_monitor.dynamics.linearise import natural_mode, pusher
 from ntk_monitor.dynamics.objective import loss_gradient
 from ntk_monitor.engines.products import environment
 from ntk_monitor.engines.rows import RowsJacobian
@@ -63,15 +64,24 @@ def frozen(  # noqa: PLR0913 - the doors of dynamics take the same things
     Cost: R backward passes for J, once, and 2 R·P multiply-adds for each step; where J has more than `DENSE` numbers,
     two passes over the batch for each step instead. Memory: J, three copies of the parameters and the state.
     """
+    view = Scene(module, driving, riding, None, forward, mode or natural_mode(module), seed)
+    return frozen_path(view, optimizer, loss, rates, clip=clip)[0]
+
+
+def frozen_path(
+    scene: Scene, optimizer: Optimizer, loss: Any, rates: Float64[Tensor, "t g"], *, clip: float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what `frozen` returns, and θ - θ₀ at the end by parameter name."""
     groups = len(optimizer.param_groups)
     if rates.dim() != 2 or rates.shape[1] != groups:
         raise InputError(f"wanted rates (steps, {groups} groups), got {tuple(rates.shape)}")
-    x, y = driving
+    module, riding = scene.module, scene.riding
+    x, y = scene.driving
     objective, driven = loss_gradient(loss, y), size(x)
-    with environment(seed):
+    with environment(scene.seed):
         batch = joined(x, riding)
-        network = Network.careful(module, batch, forward=forward, mode=mode or natural_mode(module))
-        line = _Line(network, network.prepared(batch), module, seed)
+        network = Network.careful(module, batch, params=scene.params, forward=scene.forward, mode=scene.mode)
+        line = _Line(network, network.prepared(batch), module, scene.seed)
         twin = _Twin(module, optimizer, list(network.parameters), clip)
         start = line.outputs
         path = start.new_empty(len(rates) + 1, *start.shape)
@@ -93,7 +103,7 @@ def frozen(  # noqa: PLR0913 - the doors of dynamics take the same things
             here = now if twin.searches else partial(path.__getitem__, t)
             twin.step(lrs, partial(gradients, here), partial(value, here))
             path[t + 1] = now()
-    return path
+    return path, dict(zip(network.parameters, twin.moved(), strict=True))
 
 
 class _Line:

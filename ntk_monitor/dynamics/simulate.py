@@ -95,17 +95,21 @@ class Walk:
 
     def step(self, rates: list[float]) -> None:
         """Take one step with these learning rates, one for each group."""
-        g = self._dynamics.gradient(self.outputs[: self._dynamics.driving]).reshape(-1)
-        coefficient = self._coefficient(g)
-        for state, lr in zip(self._states, rates, strict=True):
-            self._flat -= state.motion(g * coefficient, lr)
+        for moved in self.motions(self.driving_gradient(), rates):
+            self._flat -= moved
         self.taken += 1
 
-    def _coefficient(self, g: Tensor) -> float:
+    def driving_gradient(self) -> Tensor:
+        """Return dL/df of the driving samples now, (D,), after clipping."""
+        g = self._dynamics.gradient(self.outputs[: self._dynamics.driving]).reshape(-1)
         if self._clip is None or self._gram is None:
-            return 1.0
+            return g
         norm = math.sqrt(max(float(g @ self._gram @ g), 0.0))
-        return min(1.0, self._clip / (norm + _CLIP_EPS))
+        return g * min(1.0, self._clip / (norm + _CLIP_EPS))
+
+    def motions(self, g: Tensor, rates: list[float]) -> list[Tensor]:
+        """Return what the outputs lose by each group's step under this gradient, and move the groups' state."""
+        return [state.motion(g, lr) for state, lr in zip(self._states, rates, strict=True)]
 
 
 class _State:
