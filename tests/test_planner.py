@@ -204,7 +204,7 @@ def test_lines_grow_with_sensible_exponents(sized: Sized, least: float, most: fl
 
 
 def test_rows_cost_a_backward_pass_for_each_output_of_each_sample() -> None:
-    few, many = plan(cnn(), torch.randn(8, 3, 8, 8)), plan(cnn(), torch.randn(32, 3, 8, 8))
+    few, many = plan(cnn(), torch.randn(8, 3, 16, 16)), plan(cnn(), torch.randn(32, 3, 16, 16))
     exponent = math.log(many.seconds("rows") / few.seconds("rows")) / math.log(4)
     assert 1.0 <= exponent <= 2.0
 

@@ -17,6 +17,9 @@ from ntk_monitor.engines.watched import Watched
 _KERNEL_READS = 10
 """Times that the full kernel is gone over beside the products: memory mapped anew, its upper half copied."""
 
+_WORKSPACE = 36 * 2**20
+"""Bytes that torch's own libraries take at their first use, measured on small networks."""
+
 _VECTORISED = 16
 """Rows at a time of the batched engine."""
 
@@ -93,7 +96,7 @@ def _structured(seen: Watched, side: Side) -> Cost:
     kept = sum(job.part(unit, widths[0], widths[0], True).kept for unit in job.units)
     total = activations + sides * (limited + min(kept, structured._KEPT_BYTES)) + temporary + 2 * seen.kernel
     seconds = passes + sum(line.seconds for line in lines)
-    return Cost(seconds, total, passes, lines, count, limited)
+    return Cost(seconds, total + _WORKSPACE, passes, lines, count, limited)
 
 
 def _autograd(seen: Watched, engine: str) -> Cost:
@@ -130,7 +133,7 @@ def _autograd(seen: Watched, engine: str) -> Cost:
     extra["reference"] = 3.0 * min(n * one, max(one, seen.limit // 4))
     total = limited + extra[engine] + forward.bytes * share + 3 * seen.kernel
     seconds = passes + sum(line.seconds for line in lines)
-    return Cost(seconds, int(total), passes, lines, blocks, limited)
+    return Cost(seconds, int(total) + _WORKSPACE, passes, lines, blocks, limited)
 
 
 def _operator(seen: Watched) -> Cost:
@@ -140,7 +143,7 @@ def _operator(seen: Watched) -> Cost:
     # The derivative of a backward pass is about two of them.
     seconds = seen.clock.seconds(seen.meter.forward(), share) + 3 * columns * one + _assembled(seen)
     total = 4 * seen.meter.forward().bytes * share + 3 * 8 * columns**2
-    return Cost(seconds, int(total), seconds)
+    return Cost(seconds, int(total) + _WORKSPACE, seconds)
 
 
 def _assembled(seen: Watched) -> float:
