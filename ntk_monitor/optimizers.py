@@ -144,11 +144,17 @@ def read(module: nn.Module, optimizers: Any) -> OptimizerState:
 
 def _bare(optimizer: Any) -> Optimizer:
     inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer):
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    # A user's optimizer that holds another one (Lookahead) is a rule of its own.
+    if isinstance(inner, Optimizer) and (not isinstance(optimizer, Optimizer) or _wrapper(optimizer)):
+        return _bare(inner)
     if not isinstance(optimizer, Optimizer):
         raise InputError(f"wanted a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the run's optimizer")
     return optimizer
+
+
+def _wrapper(optimizer: Optimizer) -> bool:
+    """True for the wrappers of trainers, which step as what they hold does."""
+    return type(optimizer).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "accelerate")
 
 
 def _family(optimizer: Optimizer) -> Family:

@@ -85,7 +85,8 @@ class Learning:
         i = int(below[0])
         if i == 0:
             return float(self.steps[0])
-        return _crossing(self.steps[i - 1], self.steps[i], self.loss[i - 1], self.loss[i], target)
+        start, stop, high, low = self.steps[i - 1], self.steps[i], self.loss[i - 1], self.loss[i]
+        return _crossing(int(start), int(stop), float(high), float(low), float(target))
 
 
 def times_to_learn(  # noqa: PLR0913 - a horizon, what to watch over it, and how
@@ -157,7 +158,8 @@ class _Watch:
         c = np.abs(self._matrix @ self._residual.of(outputs))
         newly = np.isinf(self._times) & (c <= self._target)
         for i in np.flatnonzero(newly):
-            self._times[i] = _crossing(self._steps[-1], step, self._last[i], c[i], self._target[i])
+            high, low, target = (float(v[i]) for v in (self._last, c, self._target))
+            self._times[i] = _crossing(self._steps[-1], step, high, low, target)
         self._last = c
         self._steps.append(step)
         self._losses.append(self._residual.loss(outputs))
@@ -169,7 +171,7 @@ class _Watch:
         return Learning(times, np.array(self._steps), np.array(self._losses), self._steps[-1])
 
 
-def _crossing(start: float, stop: float, high: float, low: float, target: float) -> float:
+def _crossing(start: int, stop: int, high: float, low: float, target: float) -> float:
     """Return the first whole step at which an exponential from `high` to `low` is at the target."""
     if stop - start <= 1 or not high > low:
         return float(stop)
