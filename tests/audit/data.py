@@ -1,12 +1,15 @@
 """Data of the audit: what scikit-learn ships, split into training and held-out halves, prepared as people do."""
 
 import importlib.resources
+import inspect
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
+import sklearn.linear_model
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, make_friedman1
 from sklearn.model_selection import train_test_split
@@ -70,24 +73,36 @@ def _table(x: Any, y: Any, *, scaled: bool, scaled_target: bool) -> Split:
     return Split(*parts)
 
 
+ALPHABET = "".join(c for c in string.printable if not c.isupper())
+
+
+def _known(text: str) -> str:
+    return "".join(c for c in text.lower() if c in ALPHABET)
+
+
 @cache
-def _texts() -> dict[str, str]:
-    """English prose: the descriptions of scikit-learn's data sets, by file name."""
+def prose() -> tuple[str, str]:
+    """English: the descriptions of scikit-learn's data sets, for training and, held out, the end of each."""
     folder = importlib.resources.files("sklearn.datasets.descr")
-    found = {item.name: item.read_text("utf-8").lower() for item in folder.iterdir() if item.name.endswith(".rst")}
-    return dict(sorted(found.items()))
+    texts = [_known(item.read_text("utf-8")) for item in sorted(folder.iterdir(), key=str) if item.name.endswith("rst")]
+    cuts = [len(text) * 9 // 10 for text in texts]
+    parts = list(zip(texts, cuts, strict=True))
+    return "\n".join(text[:cut] for text, cut in parts), "\n".join(text[cut:] for text, cut in parts)
 
 
 @cache
-def alphabet() -> str:
-    return "".join(sorted(set("".join(_texts().values()))))
+def program() -> tuple[str, str]:
+    """Python: the source of scikit-learn's ridge regression, for training and, held out, the end of it."""
+    text = _known(inspect.getsource(sklearn.linear_model._ridge))
+    cut = len(text) * 9 // 10
+    return text[:cut], text[cut:]
 
 
 class Windows(Dataset[Any]):
     """All windows of a text: (characters, the characters that follow), or a dict as the transformers library has it."""
 
     def __init__(self, text: str, length: int, *, as_dict: bool = False, stride: int = 1) -> None:
-        self.ids = torch.tensor([alphabet().index(c) for c in text])
+        self.ids = torch.tensor([ALPHABET.index(c) for c in text])
         self.length, self.as_dict, self.stride = length, as_dict, stride
 
     def __len__(self) -> int:
@@ -99,14 +114,6 @@ class Windows(Dataset[Any]):
         if self.as_dict:
             return {"input_ids": window[:-1], "labels": window[:-1]}
         return window[:-1], window[1:]
-
-
-def prose(*only: str, held: float = 0.1) -> tuple[str, str]:
-    """Text for training and the end of it, held out; all descriptions but those of `only`, or those."""
-    texts = _texts()
-    joined = "\n".join(texts[name] for name in only) if only else "\n".join(texts.values())
-    cut = int(len(joined) * (1 - held))
-    return joined[:cut], joined[cut:]
 
 
 def points(inside: Tensor, border: Tensor, targets: Tensor) -> TensorDataset:

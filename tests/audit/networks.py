@@ -66,43 +66,54 @@ def resnet(norm: Norm = nn.BatchNorm2d, *, zero: bool = False) -> nn.Sequential:
     )
 
 
+class Attention(nn.Module):
+    """A pre-norm transformer block: attention, then two linear layers, each added to what came in."""
+
+    def __init__(self, width: int, expansion: int, dropout: float = 0.0, *, causal: bool = False) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, expansion * width), nn.Linear(expansion * width, width)
+        self.drop = nn.Dropout(dropout)
+        self.causal = causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.drop(self.out(mixed.transpose(1, 2).reshape(n, t, width)))
+        y: Tensor = x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+        return y
+
+
 class ViT(nn.Module):
-    """Patches of 2 x 2, a class token, learned positions, pre-norm blocks."""
+    """Patches of 2 x 2, learned positions, mean over the patches."""
 
     def __init__(self, width: int = 32, depth: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, 2)
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.places = nn.Parameter(0.02 * torch.randn(1, 17, width))
-        block = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, dropout, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.body = nn.TransformerEncoder(block, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.places = nn.Parameter(0.5 * torch.randn(1, 16, width))
+        self.body = nn.Sequential(*(Attention(width, 2, dropout) for _ in range(depth)), nn.LayerNorm(width))
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).mT
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
-        y: Tensor = self.head(self.body(x)[:, 0])
+        x = self.patches(x).flatten(2).mT + self.places
+        y: Tensor = self.head(self.body(x).mean(1))
         return y
 
 
 class GPT(nn.Module):
-    """A decoder written out, pre-norm, head tied to the table of tokens."""
+    """A decoder whose head is tied to the table of tokens."""
 
     def __init__(self, tokens: int, length: int, width: int = 48, depth: int = 2) -> None:
         super().__init__()
         self.table = nn.Embedding(tokens, width)
         self.places = nn.Parameter(0.02 * torch.randn(length, width))
-        block = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, 0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.body = nn.TransformerEncoder(block, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.body = nn.Sequential(*(Attention(width, 4, causal=True) for _ in range(depth)), nn.LayerNorm(width))
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
-        hidden: Tensor = self.body(self.table(ids) + self.places, mask=mask, is_causal=True)
+        hidden: Tensor = self.body(self.table(ids) + self.places)
         return hidden @ self.table.weight.T
 
 
