@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ntk_monitor.batch import tensors
-from ntk_monitor.callbacks.ahead import clipping, effective_batch, planned_steps, rates_ahead
+from ntk_monitor.callbacks.ahead import (
+    clipping,
+    effective_batch,
+    planned_steps,
+    population,
+    rates_ahead,
+    training_samples,
+)
 from ntk_monitor.callbacks.lightning_base import Base, LightningModule, Trainer
 from ntk_monitor.callbacks.sink import Sink
 from ntk_monitor.callbacks.trainer_data import (
@@ -62,6 +69,7 @@ class NTKMonitor(Base):
         forward: callable (module, inputs) → tensor; None: `module(inputs)`, its `.logits`, or its only floating tensor.
         params: predicate (name, parameter), regular expression or names; None: all with requires_grad.
         reference: training samples that drive forecasts, the probe's included; 0: no forecasts.
+        forecast_every: simulate the rest of the run at every this many probes; 0: never.
         directions: mapping name → (N, C) array of directions of the residual to follow; None: classes or outputs.
         gram_every: store and draw the Gram matrix at every this many probes; 0: never.
         verify: check at the first probe that nothing of the run changed, and rest with a warning if something did.
@@ -88,6 +96,7 @@ class NTKMonitor(Base):
         params: str | Sequence[str] | Callable[..., bool] | None = None,
         *,
         reference: int = 512,
+        forecast_every: int = 4,
         directions: Mapping[str, Any] | None = None,
         gram_every: int = 10,
         verify: bool = True,
@@ -108,6 +117,7 @@ class NTKMonitor(Base):
             forward=forward,
             params=params,
             reference=reference,
+            forecast_every=forecast_every,
             directions=directions,
             gram_every=gram_every,
             verify=verify,
@@ -134,6 +144,7 @@ class NTKMonitor(Base):
         self._seen: tuple[Tensor, Tensor] | None = None
         self._pending: list[Measurement] = []
         self._failures = 0
+        self._looked = False
         self._resting = ""
 
     @property
@@ -251,6 +262,7 @@ class NTKMonitor(Base):
         self.monitor.total_steps = self.recipe.total_steps or planned_steps(trainer)
         self.monitor.rates_ahead = partial(rates_ahead, trainer)
         self.monitor.clip = clipping(trainer)
+        self.monitor.population = training_samples(trainer)
         if self._restored.get("hash") == probe.hash:
             self.monitor.schedule.last_step = self._restored["last_step"]
             self.monitor.probes = self._restored["probes"]
@@ -327,9 +339,9 @@ class NTKMonitor(Base):
     def _release(self) -> None:
         waiting, self._pending = self._pending, []
         for raw in waiting:
-            self._write(self._finished(raw))
+            self._write(self._finished(raw, fresh=False))
 
-    def _finished(self, raw: Measurement, *, fresh: bool = True) -> Snapshot:
+    def _finished(self, raw: Measurement, *, fresh: bool) -> Snapshot:
         assert self.monitor is not None
         try:
             return self.monitor.finish(raw, fresh=fresh)
@@ -361,14 +373,24 @@ class NTKMonitor(Base):
                 self._rest(f"{_PATIENCE} probes in a row failed, the last with {type(error).__name__}: {error}")
             return
         finally:
-            changed = before.changes(Fingerprint.of(pl_module)) if before is not None else []
-            if changed:
-                self._rest(f"a probe would change this run ({', '.join(changed[:3])})")
+            self._rest_if_changed(before, pl_module)
         self._failures = 0
         if self._matching is not None:
             self._pending.append(raw)  # which loss it is will be known after a few batches
         elif not self._resting:
-            self._write(self._finished(raw))
+            self._look(raw, pl_module)
+
+    def _look(self, raw: Measurement, pl_module: LightningModule) -> None:
+        """Finish a probe at the weights of now, and the first time check that this changes nothing either."""
+        before = Fingerprint.of(pl_module) if self.recipe.verify and not self._looked else None
+        self._write(self._finished(raw, fresh=True))
+        self._looked = True
+        self._rest_if_changed(before, pl_module)
+
+    def _rest_if_changed(self, before: Fingerprint | None, pl_module: LightningModule) -> None:
+        changed = before.changes(Fingerprint.of(pl_module)) if before is not None else []
+        if changed:
+            self._rest(f"a probe would change this run ({', '.join(changed[:3])})")
 
     def _write(self, snapshot: Snapshot) -> None:
         if self.last is None and snapshot.kernel == "full" and snapshot.modes_reason:

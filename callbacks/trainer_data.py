@@ -1,18 +1,19 @@
 """What a Lightning Trainer knows about data and loss: the probe's samples, the outputs behind the training loss."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ntk_monitor.batch import moved, take
+from ntk_monitor.batch import moved
 from ntk_monitor.callbacks.lightning_base import LightningModule, Trainer
 from ntk_monitor.errors import InputError
 from ntk_monitor.guard import random_state, undisturbed
 from ntk_monitor.network import Network
-from ntk_monitor.probe import Probe, default_samples, indexable, split
+from ntk_monitor.probe import Probe, beside, dataset_of, default_samples, indexable, split
 from ntk_monitor.recipe import Recipe
 
 
@@ -53,27 +54,23 @@ def drawn(trainer: Trainer, module: nn.Module, wanted: Any, recipe: Recipe) -> P
     if isinstance(wanted, int):
         return Probe.of(data, wanted, recipe.seed)
     first = Probe.of(data, 2, recipe.seed)
-    return Probe.of(data, default_samples(outputs_per_sample(module, first, recipe)), recipe.seed)
+    probe = Probe.of(data, default_samples(outputs_per_sample(module, first, recipe)), recipe.seed)
+    # Places in a set that is not trained on say nothing about the training set.
+    return probe if dataset_of(data) is dataset_of(trainer.train_dataloader) else replace(probe, indices=())
 
 
 def reference_samples(trainer: Trainer, probe: Probe, recipe: Recipe) -> Probe | None:
-    """Draw training samples beside the probe's, in random order, or None where the training data cannot be indexed."""
+    """Draw training samples that drive forecasts beside the probe's own.
+
+    None where the training data cannot be indexed, and where several optimizers take turns (manual optimization): the
+    steps of each are then no steps of the other.
+    """
     data = trainer.train_dataloader
-    if recipe.reference == 0 or not (isinstance(data, DataLoader) and indexable(data)) or _transforms(trainer):
+    if recipe.reference == 0 or len(trainer.optimizers) > 1 or _transforms(trainer):
         return None
-    pool = Probe.of(data, recipe.reference + len(probe.indices), recipe.seed + 1)
-    known = set(probe.indices)
-    rows = [row for row, index in enumerate(pool.indices) if index not in known]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed + 1)).tolist()
-    chosen = [rows[i] for i in order[: recipe.reference]]
-    if not chosen:
+    if not (isinstance(data, DataLoader) and indexable(data)):
         return None
-    return Probe(
-        take(pool.inputs, chosen),
-        None if pool.targets is None else take(pool.targets, chosen),
-        pool.source,
-        tuple(pool.indices[row] for row in chosen),
-    )
+    return beside(data, probe, recipe.reference, recipe.seed + 1)
 
 
 def _transforms(trainer: Trainer) -> bool:

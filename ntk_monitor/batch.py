@@ -60,20 +60,24 @@ def take(batch: Batch, rows: slice | Tensor | Sequence[int]) -> Batch:
     return mapped(batch, lambda t: t[rows] if t.dim() > 0 else t)
 
 
-def joined(first: Batch, second: Batch) -> Batch:
-    """Return one batch of the samples of both, which must be nests of the same shape."""
-    if isinstance(first, Tensor):
-        return torch.cat([first, second.to(first)]) if first.dim() > 0 else first
-    if isinstance(first, Mapping):
-        return {key: joined(value, second[key]) for key, value in first.items()}
-    if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(joined(a, b) for a, b in zip(first, second, strict=True)))
-    if isinstance(first, (tuple, list)):
-        return type(first)(joined(a, b) for a, b in zip(first, second, strict=True))
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        names = [f.name for f in dataclasses.fields(first) if f.init]
-        return dataclasses.replace(first, **{n: joined(getattr(first, n), getattr(second, n)) for n in names})
-    return first
+def joined(first: Batch, second: Batch | None) -> Batch:
+    """Return one batch of the samples of both; what belongs to every sample alike is taken from the first.
+
+    Without a second it is a copy of the first.
+
+    Raises:
+        InputError: batches of different structure, or of samples of different shapes.
+    """
+    if second is None:
+        return owned(first)
+    one, two = Flat.of(first), Flat.of(second)
+    shapes = [[tuple(t.shape[1:]) for t in flat.leaves] for flat in (one, two)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"samples must be alike to form one batch: tensors of shapes {shapes[0]} behind the sample axis, got "
+            f"{shapes[1]}; pad both to the same length"
+        )
+    return one.rebuild([torch.cat([a, b.to(a)]) for a, b in zip(one.leaves, two.leaves, strict=True)])
 
 
 def moved(batch: Batch, device: torch.device, promote: torch.dtype | None = None) -> Batch:

@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from ntk_monitor.batch import digest, take, tensors
 from ntk_monitor.probe import Probe
+from ntk_monitor.shadow import unwrapped
 
 Array = NDArray[np.float64]
 
 # A feature whose spread is this small next to the largest one's is a constant up to rounding.
 _CONSTANT = 1e-12
 
+# What is not finite is left out in the end.
+_QUIET = np.errstate(invalid="ignore", over="ignore")
 
+
+@_QUIET
 def of_data(probe: Probe) -> dict[str, float]:
     """Return scales of floating inputs and targets, and how many samples occur twice. They do not change in a run."""
     found: dict[str, float] = {}
@@ -32,20 +37,21 @@ def of_data(probe: Probe) -> dict[str, float]:
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
+@_QUIET
 def of_outputs(predictions: Array, labels: NDArray[np.int64] | None) -> dict[str, float]:
     """Return scale and spread of outputs (N, C), and the accuracy where labels (N,) are classes of as many outputs."""
     rms = float(np.sqrt((predictions**2).mean()))
     found = {"output_rms": rms}
     if len(predictions) > 1 and rms > 0:
         found["output_spread"] = float(np.sqrt(predictions.var(axis=0).mean())) / rms
-    if labels is not None and predictions.shape[1] > int(labels.max(initial=0)):
+    if labels is not None and predictions.shape[1] > max(1, int(labels.max(initial=0))):
         found["accuracy"] = float((predictions.argmax(axis=1) == labels).mean())
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
 def of_parameters(module: nn.Module, uncovered: Iterable[str]) -> dict[str, float]:
     """Return how many parameters are frozen, and how many trainable ones no optimizer updates."""
-    named = dict(module.named_parameters())
+    named = dict(unwrapped(module).named_parameters())
     frozen = sum(p.numel() for p in named.values() if not p.requires_grad)
     return {"frozen": float(frozen), "uncovered": float(sum(named[name].numel() for name in uncovered))}
 
@@ -53,9 +59,9 @@ def of_parameters(module: nn.Module, uncovered: Iterable[str]) -> dict[str, floa
 def norms(module: nn.Module, group: Callable[[str], str]) -> dict[str, float]:
     """Return the norm of the trainable parameters of each layer, by its name."""
     squares: dict[str, float] = {}
-    for name, p in module.named_parameters():
+    for name, p in unwrapped(module).named_parameters():
         if p.requires_grad:
-            square = float(p.detach().double().square().sum())
+            square = float(p.detach().abs().double().square().sum())
             squares[group(name)] = squares.get(group(name), 0.0) + square
     return {layer: square**0.5 for layer, square in squares.items()}
 

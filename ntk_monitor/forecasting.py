@@ -22,12 +22,15 @@ from ntk_monitor.dynamics.verdict import Verdict, verdict
 from ntk_monitor.losses import Loss, Terms
 from ntk_monitor.optimizers import OptimizerState
 from ntk_monitor.probe import Probe
-from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, FULL_KERNEL_ROWS, Recipe
+from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
 
 Array = NDArray[np.float64]
 
 LEARNED = 10**-0.5
 """A mode or direction counts as learned when its residual is this fraction of today's, its energy a tenth."""
+
+# Rows of a forecast's kernel: each simulated step reads all of it, and long horizons factorise it.
+_ROWS = 1536
 
 # Longer intervals are not scored: a kernel that is thousands of steps old forecasts nothing.
 _LONGEST = 2000
@@ -121,6 +124,10 @@ class Forecaster:
         self._last = Made(dynamics, terms.gradient)
         return dynamics
 
+    def forget(self) -> None:
+        """Drop the forecast made at the latest probe."""
+        self._last = None
+
     @property
     def last(self) -> Made | None:
         """The forecast made at the latest probe."""
@@ -140,7 +147,7 @@ class Forecaster:
         n, c = terms.gradient.shape
         rides = not self.belongs
         parameters = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        wanted = max(0, min(self._recipe.reference, FULL_KERNEL_ROWS // c) - (0 if rides else n))
+        wanted = max(0, min(self._recipe.reference, _ROWS // c) - (0 if rides else n))
         most = min(wanted, self._reference.samples)
         rows = (n + most) * c
         columns = rows if not rides else most * c

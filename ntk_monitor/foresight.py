@@ -30,15 +30,18 @@ class Foresight:
     def __init__(self, model: nn.Module, recipe: Recipe, probe: Probe) -> None:
         self._model, self._recipe, self._probe = model, recipe, probe
         self._forecaster: Forecaster | None = None
+        self._since = recipe.forecast_every
 
     def look(self, now: Now, found: Outlook, state: OptimizerState | None, named: Sequence[Direction]) -> None:
         """Score the forecast of the previous probe, then make the next."""
         forecaster = self._forecaster = self._forecaster or self._new_forecaster(now)
         if forecaster is None or state is None or now.terms is None or now.modes is None or now.loss is None:
             found.texts["forecast"] = self._no_forecast(now)
+            if forecaster is not None:
+                forecaster.forget()  # the rates handed over next time begin at this step
             return
         made = forecaster.last
-        dynamics, reason = None, ""
+        dynamics, reason, unscored = None, "", ""
         try:
             dynamics = forecaster.renew(now.loss, state, now.terms, clip=now.clip is not None)
         except ForecastUnavailableError as error:
@@ -49,20 +52,25 @@ class Foresight:
             try:
                 judged = scored(made, forecaster.rows(made.dynamics), dynamics, now.loss, targets, happened)
             except ForecastUnavailableError as error:
-                found.texts["forecast"] = str(error)
+                unscored = f"; the previous one is not scored: {error}"
             else:
                 _write(judged, found)
         if dynamics is None:
-            found.texts["forecast"] = reason
+            found.texts["forecast"] = reason + unscored
             return
-        self._ahead(now, found, state, dynamics, named)
+        found.texts["forecast"] = (
+            f"from {dynamics.driving} training samples and the kernel of this step, {state.name}{unscored}"
+        )
+        self._since += 1
+        if self._since >= self._recipe.forecast_every > 0:
+            self._since = 0
+            self._ahead(now, found, state, dynamics, named)
 
     def _ahead(
         self, now: Now, found: Outlook, state: OptimizerState, dynamics: Dynamics, named: Sequence[Direction]
     ) -> None:
         """Simulate to the end of the run: when is each mode and each direction learned, and where the loss goes."""
         steps = horizon(now.step, now.total_steps)
-        found.texts["forecast"] = f"from {dynamics.driving} training samples and the kernel of this step, {state.name}"
         if self._forecaster is None or not steps or now.modes is None or now.terms is None or now.loss is None:
             return
         projections = {"modes": now.modes.vectors.T}
@@ -96,11 +104,15 @@ class Foresight:
         return "none: it takes a known loss and an optimizer"
 
 
+# A forecast that diverged missed by infinitely much, which no record can hold.
+_WORST = 100.0
+
+
 def _write(judged: Scored, found: Outlook) -> None:
     verdict = judged.forecast
     found.facts["motion"] = verdict.motion
-    found.facts["forecast_error_residual"] = verdict.error_residual
+    found.facts["forecast_error_residual"] = min(verdict.error_residual, _WORST)
     if not verdict.suppressed:
-        found.facts["forecast_error"] = verdict.error
+        found.facts["forecast_error"] = min(verdict.error, _WORST)
         if judged.explained is not None:
-            found.facts["explained_error"] = judged.explained.error
+            found.facts["explained_error"] = min(judged.explained.error, _WORST)

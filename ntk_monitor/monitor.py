@@ -6,7 +6,7 @@ become known in between.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntk_monitor.errors import InputError, LossUnknownError, NTKMonitorError
-from ntk_monitor.guard import undisturbed
+from ntk_monitor.guard import random_state, undisturbed
 from ntk_monitor.kernel import MEMORY_LIMIT, Kernel, measured
 from ntk_monitor.look import Now, Outlook
 from ntk_monitor.losses import Loss, Terms, recognised
 from ntk_monitor.modes import Modes
 from ntk_monitor.network import Network
 from ntk_monitor.outlook import Watch
-from ntk_monitor.probe import Probe, default_samples
+from ntk_monitor.probe import Probe, beside, dataset_of, default_samples
 from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
 from ntk_monitor.say import say
 from ntk_monitor.schedule import LearningRates, Mean, Schedule
@@ -59,7 +59,8 @@ class Monitor:
         optimizer: one optimizer or several, whose learning rates are recorded; None: none are.
         probe: a Probe, (inputs, targets), a Dataset or a DataLoader over one.
         loss: name, torch loss or callable; None: no modes.
-        reference: training samples that drive forecasts, in the forms of `probe`; None: no forecasts.
+        reference: the training set, in the forms of `probe`, of which `Recipe.reference` samples drive forecasts; None:
+            no forecasts.
         recipe: every other option; or give them by keyword.
 
     Raises:
@@ -91,7 +92,7 @@ class Monitor:
         self.recipe = recipe or Recipe(loss=loss, **options)
         self.model = model
         self.optimizers = _listed(optimizer)
-        self.probe = Probe.of(probe, default_samples(1), self.recipe.seed)
+        self.probe = _probe(probe, reference, self.recipe.seed)
         given = loss if loss is not None else self.recipe.loss
         self.loss: Loss | None = None if given is None else recognised(given)
         self.loss_status = "given" if self.loss else "not given: pass loss= for residual modes"
@@ -99,7 +100,7 @@ class Monitor:
         self.learning_rates = LearningRates()
         self.steps = 0
         self.probes = 0
-        self.reference: Probe | None = None if reference is None else Probe.of(reference, 512, self.recipe.seed + 1)
+        self.reference: Probe | None = _reference(reference, self.probe, self.recipe)
         self.batch_size, self.total_steps = self.recipe.batch_size, self.recipe.total_steps
         self.population: int | None = None
         self.clip: float | None = None
@@ -186,11 +187,12 @@ class Monitor:
         with_gram = self.recipe.gram_every and self.probes % self.recipe.gram_every == 0
         order = shown_order(labels, self.probe.samples)
         if fresh:
-            seen = self._watch.look(self._now(raw, terms, modes, labels))
+            with random_state():  # a user's own metrics may draw numbers
+                seen = self._watch.look(self._now(raw, terms, modes, labels))
+            if self.losses.count:
+                seen.facts["train_loss"] = self.losses.taken()
         else:
             seen = Outlook(texts={"stability": "not measured: the loss was not known yet at this step"})
-        if self.losses.count:
-            seen.facts["train_loss"] = self.losses.taken()
         lr_steps, lr_values = self.learning_rates.taken()
         self._previous = (raw.step, raw.values, modes)
         self.probes += 1
@@ -261,7 +263,7 @@ class Monitor:
             total_steps=self.total_steps,
             reference=self.reference,
             clip=self.clip,
-            rates=np.array(rates, dtype=np.float64, ndmin=2),
+            rates=_table(rates),
             rates_ahead=self.rates_ahead,
         )
 
@@ -383,6 +385,24 @@ def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer
 
 def _rates(optimizers: Sequence[Optimizer]) -> list[float]:
     return [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
+
+
+def _table(rates: list[tuple[float, ...]]) -> Array:
+    """Return learning rates as (steps, groups); empty where groups came or went in between."""
+    return np.array(rates) if len({len(row) for row in rates}) == 1 else np.empty((0, 0))
+
+
+def _probe(data: Any, reference: Any, seed: int) -> Probe:
+    """Return the probe, with places in the training set only where that is the set it was drawn from."""
+    probe = Probe.of(data, default_samples(1), seed)
+    drawn = dataset_of(data)
+    return probe if reference is None or drawn is None or drawn is dataset_of(reference) else replace(probe, indices=())
+
+
+def _reference(data: Any, probe: Probe, recipe: Recipe) -> Probe | None:
+    if data is None or isinstance(data, Probe):
+        return data
+    return beside(data, probe, recipe.reference, recipe.seed + 1) if recipe.reference else None
 
 
 def _eps(raw: Measurement) -> float:

@@ -26,6 +26,7 @@ from ntk_monitor.noise import NoiseScale, gradient_gram, noise_scale, pooled
 from ntk_monitor.optimizers import OptimizerState, read
 from ntk_monitor.probe import Probe
 from ntk_monitor.recipe import Recipe
+from ntk_monitor.shadow import unwrapped
 
 Array = NDArray[np.float64]
 
@@ -63,9 +64,11 @@ class Watch:
         found = Outlook()
         state = self._state(now, found)
         self._guarded(found, "facts", lambda: self._facts(now, found, state))
-        if state is not None and now.loss is not None:
-            self._guarded(found, "stability", lambda: self._stability(now, found, state))
         self._guarded(found, "noise", lambda: self._noise_scale(now, found))
+        if now.loss is None:
+            found.texts.setdefault("stability", "not measured: the loss is not known")
+        elif state is not None:
+            self._guarded(found, "stability", lambda: self._stability(now, found, state))
         self._guarded(found, "layers", lambda: self._layers(found, state))
         self._guarded(found, "metrics", lambda: self._registered(now, found))
         self._guarded(found, "updates", lambda: self._updates(now, found))
@@ -79,9 +82,7 @@ class Watch:
         except Exception as error:
             if self._recipe.strict:
                 raise
-            said = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no message"
-            known = isinstance(error, NTKMonitorError)
-            found.texts[part] = f"not measured: {said if known else f'{type(error).__name__}: {said}'}"
+            found.texts[part] = f"not measured: {_said(error)}"
 
     def _state(self, now: Now, found: Outlook) -> OptimizerState | None:
         if not now.optimizers:
@@ -89,8 +90,10 @@ class Watch:
             return None
         try:
             state = read(self._model, now.optimizers)
-        except NTKMonitorError as error:
-            found.texts["stability"] = f"not measured: {error}"
+        except Exception as error:
+            if self._recipe.strict:
+                raise
+            found.texts["stability"] = f"not measured: {_said(error)}"
             return None
         found.texts["optimizer"] = state.name
         if state.uncovered:
@@ -122,6 +125,7 @@ class Watch:
             now.loss,
             batch_size=now.batch_size,
             population=now.population,
+            clipped=_clipped(now.clip, found.facts),
             params=recipe.params,
             forward=recipe.forward,
             start=self._vector,
@@ -145,15 +149,18 @@ class Watch:
             gram = now.values
         elif now.terms is not None and now.layout == "full":
             gram = gradient_gram(now.values, now.terms.gradient)
-            found.facts["gradient_norm"] = float(np.sqrt(max(0.0, gram.mean())))
         else:
             return
+        scale = noise_scale(gram)
+        found.facts["gradient_norm"] = float(np.sqrt(max(0.0, gram.mean())))
+        if now.batch_size is not None:
+            found.facts["batch_gradient_norm"] = float(np.sqrt(max(0.0, scale.signal + scale.noise / now.batch_size)))
         if coupled(self._model):
             found.texts["noise"] = (
                 "not measured: BatchNorm couples the samples, which then have no gradients of their own"
             )
             return
-        self._noise = [*self._noise, noise_scale(gram)][-_POOLED:]
+        self._noise = [*self._noise, scale][-_POOLED:]
         scale = pooled(self._noise)
         found.texts["noise"] = scale.text
         if scale.resolved:
@@ -224,10 +231,11 @@ class Watch:
         """Compare with the weights of the previous probe, and keep those of this one."""
         kept, first, recipe = self._kept, self._first, self._recipe
         self._kept = None
-        now_kept = Kept.of(self._model, recipe.params)
-        if now_kept.nbytes > _KEPT_BYTES:
-            found.texts["updates"] = f"not measured: a copy of the weights takes {now_kept.nbytes / 2**30:.1f} GiB"
+        needed = Kept.needed(self._model, recipe.params)
+        if needed > _KEPT_BYTES:
+            found.texts["updates"] = f"not measured: a copy of the weights takes {needed / 2**30:.1f} GiB"
             return
+        now_kept = Kept.of(self._model, recipe.params)
         self._kept = (now_kept, None if now.terms is None else now.terms.gradient)
         self._first = first or now_kept
         group = self._group()
@@ -246,7 +254,7 @@ class Watch:
             found.arrays |= {"layer_update": moved.share, "layer_useful": moved.useful}
 
     def _group(self) -> Callable[[str], str]:
-        return blocks([name for name, p in self._model.named_parameters() if p.requires_grad])
+        return blocks([name for name, p in unwrapped(self._model).named_parameters() if p.requires_grad])
 
     def _directions(self, now: Now, found: Outlook) -> None:
         """Follow the user's directions, or the residual of each class or output."""
@@ -267,13 +275,19 @@ class Watch:
             found.arrays["direction_rate"] = directions.rates(self._named, now.modes.rates, now.modes.vectors)
 
 
+def _said(error: Exception) -> str:
+    """Return the first line of an error; ours speak for themselves, others with their type."""
+    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no message"
+    return first if isinstance(error, NTKMonitorError) else f"{type(error).__name__}: {first}"
+
+
 def _speeds(model: nn.Module, state: OptimizerState) -> dict[str, Tensor] | None:
     """Return lr·D of every trainable parameter, zero for those that no optimizer moves; None without a known step."""
     import torch
 
     if state.family == "other":
         return None
-    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p.detach() for name, p in unwrapped(model).named_parameters() if p.requires_grad}
     scale: dict[str, Any] | None = state.preconditioner(trainable, floor=1e-3)
     # Shares do not depend on a factor of all rates, and at the end of a schedule all of them may be zero.
     still = not any(group.lr for group in state.groups)
@@ -288,3 +302,9 @@ def _scale(now: Now, gradient: Array) -> float:
         return float(now.predictions.norm())
     scale = 2.0 if now.loss.options.get("reduction") == "sum" else 2.0 / gradient.size
     return float(np.linalg.norm(gradient)) / scale
+
+
+def _clipped(clip: float | None, known: dict[str, float]) -> float:
+    """Return the factor by which clipping shortens gradients of the present size."""
+    norm = known.get("batch_gradient_norm", known.get("gradient_norm", 0.0))
+    return min(1.0, clip / norm) if clip is not None and norm > 0 else 1.0

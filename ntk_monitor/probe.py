@@ -134,6 +134,34 @@ def draw(dataset: Any, samples: int, seed: int = 0, *, collate: Callable[[list[A
     )
 
 
+def dataset_of(data: Any) -> Any:
+    """Return the dataset behind a DataLoader or a Dataset, or None for other data."""
+    return data.dataset if isinstance(data, DataLoader) else data if isinstance(data, Dataset) else None
+
+
+def beside(data: Any, probe: Probe, samples: int, seed: int) -> Probe | None:
+    """Draw training samples that are not among the probe's, in random order, so that the first are a draw as well.
+
+    Args:
+        data: the training set, in the forms of `Probe.of`.
+        probe: whose indices, if it has some, are places in this same set.
+        samples: how many at most.
+        seed: of the draw.
+
+    Returns:
+        The samples, or None where the set holds no others.
+    """
+    pool = Probe.of(data, samples + len(probe.indices), seed)
+    known = set(probe.indices)
+    free = [row for row in range(pool.samples) if not pool.indices or pool.indices[row] not in known]
+    order = np.random.default_rng(seed).permutation(len(free))[:samples]
+    rows = [free[i] for i in order]
+    if not rows:
+        return None
+    inputs, targets = (take(part, rows) for part in (pool.inputs, pool.targets))
+    return Probe(inputs, targets, pool.source, tuple(pool.indices[row] for row in rows) if pool.indices else ())
+
+
 def from_batch(batch: Any, samples: int, source: str, indices: Sequence[int] = ()) -> Probe:
     """Return the first samples of a training batch as a probe."""
     inputs, targets = split(batch)

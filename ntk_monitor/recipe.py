@@ -31,6 +31,8 @@ class Recipe:
         params: predicate (name, parameter), regular expression or names; None: all with requires_grad.
         reference: training samples that drive forecasts, those of the probe included; fewer where their kernel would
             be too large; 0: no forecasts.
+        forecast_every: simulate the rest of the run at every this many probes, the costliest part of a probe; 0: never.
+            Forecasts from one probe to the next are made and scored at all of them.
         batch_size: samples whose mean loss one optimizer step follows; None: the trainer's, or unknown.
         total_steps: planned length of the run in optimizer steps; None: the trainer's, or unknown.
         directions: named directions of the residual whose learning is followed (see `ntk_monitor.directions`): a
@@ -56,6 +58,7 @@ class Recipe:
     forward: Any = None
     params: Any = None
     reference: int = 512
+    forecast_every: int = 4
     batch_size: int | None = None
     total_steps: int | None = None
     directions: Any = None
@@ -88,7 +91,7 @@ class Recipe:
             raise InputError(f"max_overhead must be a fraction in (0, 1], got {self.max_overhead!r}")
         if self.memory_limit is not None and not self.memory_limit > 0:
             raise InputError(f"memory_limit must be positive bytes or None, got {self.memory_limit!r}")
-        for name, zero in (("reference", "no forecasts"), ("gram_every", "never")):
+        for name, zero in (("reference", "no forecasts"), ("forecast_every", "never"), ("gram_every", "never")):
             if (count := getattr(self, name)) < 0:
                 raise InputError(f"{name} must be 0 ({zero}) or positive, got {count!r}")
         for name in ("every_n_steps", "batch_size", "total_steps"):
@@ -103,6 +106,7 @@ class Recipe:
             "memory_limit": (int, type(None)),
             "gram_every": (int,),
             "reference": (int,),
+            "forecast_every": (int,),
             "batch_size": (int, type(None)),
             "total_steps": (int, type(None)),
             "seed": (int,),

@@ -70,16 +70,18 @@ class LearningRates:
 
     steps: list[int] = field(default_factory=list)
     values: list[tuple[float, ...]] = field(default_factory=list)
+    latest: int = -1
 
     def record(self, step: int, rates: tuple[float, ...]) -> None:
         """Note the rates that optimizer step number `step` (from 0) uses."""
+        self.latest = step
         if not self.values or self.values[-1] != rates:
             self.steps.append(step)
             self.values.append(rates)
 
     def between(self, first: int, last: int) -> list[tuple[float, ...]]:
         """Return the rates of steps first to last - 1, or nothing when some of them were not observed."""
-        if not self.steps or self.steps[0] > first:
+        if not self.steps or self.steps[0] > first or last > self.latest + 1:
             return []
         # The change in force at a step is the last one recorded up to it.
         return [self.values[bisect.bisect_right(self.steps, step) - 1] for step in range(first, last)]

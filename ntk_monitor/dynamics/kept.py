@@ -50,6 +50,14 @@ class Kept:
                 {name: _copied(buffer) for name, buffer in live.named_buffers()},
             )
 
+    @staticmethod
+    def needed(module: nn.Module, params: Selection | None = None) -> int:
+        """Return the `nbytes` that a copy of what `module` holds now would have."""
+        chosen = Network(module, params=params, mode="live").parameters
+        named = dict(unwrapped(module).named_parameters())
+        buffers = unwrapped(module).buffers()
+        return sum(t.numel() * t.element_size() for t in (*(named[name] for name in chosen), *buffers))
+
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""

@@ -81,7 +81,7 @@ def layer_traces(  # noqa: PLR0913 - options of a Network, by keyword
             gradients = _gradients(outputs, network.parameters, signs)
             radial = np.maximum(radial, [_radial(network.parameters, gradients, group, name) for name in names])
             for name, g in gradients.items():
-                squares = g.double().abs().square()
+                squares = g.abs().double().square()
                 weights = None if scale is None else scale[name].to(squares)
                 found[:, names.index(group(name))] += (
                     float(squares.sum()),
@@ -103,7 +103,7 @@ def _radial(
     parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], group: Callable[[str], str], layer: str
 ) -> float:
     """Return the cosine of a layer's weights with their gradients."""
-    pairs = [(p.detach().double(), gradients[n].double()) for n, p in parameters.items() if group(n) == layer]
-    pairs = [(p, g) for p, g in pairs if p.dim() > 1 and p.is_floating_point()]
+    own = [n for n, p in parameters.items() if group(n) == layer and p.dim() > 1 and p.is_floating_point()]
+    pairs = [(parameters[n].detach().double(), gradients[n].double()) for n in own]
     size = sum(float(p.square().sum()) for p, _ in pairs) * sum(float(g.square().sum()) for _, g in pairs)
     return abs(sum(float((p * g).sum()) for p, g in pairs)) / size**0.5 if size > 0 else float("nan")

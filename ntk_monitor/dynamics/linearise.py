@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntk_monitor.batch import Batch, Flat, owned, size
+from ntk_monitor.batch import Batch, joined, size
 from ntk_monitor.dynamics.model import Dynamics, Part, loss_gradient
 from ntk_monitor.engines.products import Products, cheaper, environment, real
 from ntk_monitor.engines.rows import RowsJacobian
@@ -108,24 +108,6 @@ def coupled(module: nn.Module) -> bool:
 def natural_mode(module: nn.Module) -> Mode:
     """Return the mode whose function gradient descent moves: "train" for coupled samples, else "eval"."""
     return "train" if coupled(module) else "eval"
-
-
-def joined(x: Batch, riding: Batch | None) -> Batch:
-    """Return both batches as one; what belongs to all samples is taken from the first.
-
-    Raises:
-        InputError: batches of different structure or shapes.
-    """
-    if riding is None:
-        return owned(x)
-    first, second = Flat.of(x), Flat.of(riding)
-    shapes = [[tuple(t.shape[1:]) for t in flat.leaves] for flat in (first, second)]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            f"riding samples must be like the driving ones, whose tensors have shapes {shapes[0]} behind the sample "
-            f"axis, got {shapes[1]}; pad both to the same length"
-        )
-    return first.rebuild([torch.cat([a, b.to(a)]) for a, b in zip(first.leaves, second.leaves, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
