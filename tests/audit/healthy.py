@@ -1,4 +1,4 @@
-"""Twenty runs that a competent person would call fine."""
+"""Twenty-one runs that a competent person would call fine."""
 
 import math
 from collections.abc import Callable

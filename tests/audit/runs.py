@@ -5,7 +5,7 @@ import json
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import ntk_monitor as ntk
+from ntk_monitor import health
 from ntk_monitor.callbacks import NTKMonitor
 from ntk_monitor.say import NTKWarning
 from ntk_monitor.snapshot import ARRAYS, Snapshot
@@ -153,14 +154,7 @@ def read(outcome: Outcome, folder: Path) -> None:
     outcome.skipped = [f"step {s.step}: {s.reason}" for s in history if s.status == "skipped"]
     outcome.loss_status = f"{measured[-1].loss or 'no loss'} {measured[-1].loss_status}" if measured else ""
     outcome.snapshots = [_plain(snapshot) for snapshot in history]
-    outcome.findings = _findings(history.snapshots)
-
-
-def _findings(snapshots: Sequence[Snapshot]) -> list[dict[str, Any]]:
-    from ntk_monitor import health
-
-    rules: Any = getattr(health, "findings", None)  # absent while being written
-    return [] if rules is None else [asdict(finding) for finding in rules(snapshots)]
+    outcome.findings = [asdict(finding) for finding in health.findings(history.snapshots)]
 
 
 def _plain(snapshot: Snapshot) -> dict[str, Any]:
