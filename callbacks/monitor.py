@@ -19,7 +19,6 @@ from ntk_monitor.callbacks.ahead import (
     clipping,
     effective_batch,
     planned_steps,
-    population,
     rates_ahead,
     training_samples,
 )
