@@ -208,5 +208,5 @@ def test_what_cannot_be_simulated_is_refused(problem: tuple[Linear, Tensor, Tens
         simulate(linearise(model, adam, (x, y), "mse"), rates.expand(2, 3))
     with pytest.raises(InputError, match="none of the parameters"):
         linearise(model, S.SGD(model.first.parameters(), lr=0.1), (x, y), "mse", params="second")
-    with pytest.raises(InputError, match="riding samples must be like"):
+    with pytest.raises(InputError, match="samples must be alike"):
         linearise(model, adam, (x, y), "mse", riding=rider[:, :3])
