@@ -130,7 +130,9 @@ def training(
                 texts={"optimizer": "SGD"},
                 layers=("body", "head"),
                 directions=tuple(f"class {label}" for label in range(2)),
-                time_to_learn=np.where(rates > 0.01 * rates[0], 7.0 * rates[0] / np.maximum(rates, 1e-3 * rates[0]), np.inf),
+                time_to_learn=np.where(
+                    rates > 0.01 * rates[0], 7.0 * rates[0] / np.maximum(rates, 1e-3 * rates[0]), np.inf
+                ),
                 forecast_steps=np.array([step, step + every], dtype=np.int64),
                 forecast_loss=np.array([current.value, 0.8 * current.value]),
                 layer_trace=np.array([0.6, 0.4]) * float(np.trace(kernel)),
