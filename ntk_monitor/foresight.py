@@ -63,8 +63,8 @@ class Foresight:
         )
         self._since += 1
         if self._since >= self._recipe.forecast_every > 0:
-            self._since = 0
             self._ahead(now, found, state, dynamics, named)
+            self._since = 0
 
     def _ahead(
         self, now: Now, found: Outlook, state: OptimizerState, dynamics: Dynamics, named: Sequence[Direction]

@@ -82,7 +82,7 @@ class Snapshot:
     metrics: dict[str, float] = field(default_factory=dict)
     """Scalars by name (see `ntk_monitor.metrics`), only those that could be computed."""
     facts: dict[str, float] = field(default_factory=dict)
-    """Further numbers by name (see `FACTS`), only those that could be computed."""
+    """Further numbers by name (see `FACTS`, and `ntk_monitor.metrics.METRICS`), only those that could be computed."""
     texts: dict[str, str] = field(default_factory=dict)
     """Further words by name (see `TEXTS`)."""
     layers: tuple[str, ...] = ()

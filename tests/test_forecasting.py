@@ -39,7 +39,11 @@ class Run:
         self.clip: float | None = options.pop("clip", None)
         train = TensorDataset(self.x, self.y)
         probe: Any = (held, y[SAMPLES:]) if rides else ntk.Probe.of(train, PROBE)
-        options = {"reference": train, "recipe": ntk.Recipe(total_steps=TOTAL, strict=True), **options}
+        options = {
+            "reference": train,
+            "recipe": ntk.Recipe(total_steps=TOTAL, strict=True, forecast_every=1),
+            **options,
+        }
         self.monitor = ntk.Monitor(self.model, self.optimizer, probe, loss, **options)
         self.monitor.clip = self.clip
 
@@ -244,6 +248,16 @@ def test_where_there_is_no_forecast_the_reason_is_said(optimizer: Optimizers, op
     assert found.texts["forecast"].startswith(words)
     assert not found.time_to_learn.size
     assert "residual_out_of_reach" not in found.metrics
+
+
+@pytest.mark.parametrize(("every", "simulated"), [(0, []), (1, [0, 1, 2, 3, 4, 5]), (4, [0, 4])])
+def test_the_rest_of_the_run_is_simulated_at_some_probes_and_each_is_scored(every: int, simulated: list[int]) -> None:
+    run, found = Run(plain, recipe=ntk.Recipe(total_steps=TOTAL, strict=True, forecast_every=every)), []
+    for _ in range(6):
+        found.append(run.monitor.snapshot())
+        run.steps(1)
+    assert [i for i, s in enumerate(found) if s.time_to_learn.size] == simulated
+    assert ["motion" in s.facts for s in found] == [False] + 5 * [True]
 
 
 def test_an_expensive_kernel_is_no_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
