@@ -62,7 +62,7 @@ def drawn(trainer: Trainer, module: nn.Module, wanted: Any, recipe: Recipe) -> P
 def reference_samples(trainer: Trainer, probe: Probe, recipe: Recipe) -> Probe | None:
     """Draw training samples that drive forecasts beside the probe's own.
 
-    None where the training data cannot be indexed, and where several optimizers take turns (manual optimization): the
+    None where the training data cannot be indexed or taken apart into inputs and targets, and where several optimizers take turns (manual optimization): the
     steps of each are then no steps of the other.
     """
     data = trainer.train_dataloader
@@ -70,7 +70,10 @@ def reference_samples(trainer: Trainer, probe: Probe, recipe: Recipe) -> Probe |
         return None
     if not (isinstance(data, DataLoader) and indexable(data)):
         return None
-    return beside(data, probe, recipe.reference, recipe.seed + 1)
+    try:
+        return beside(data, probe, recipe.reference, recipe.seed + 1)
+    except Exception:  # noqa: BLE001 - users' data sets; without forecasts there is still a kernel
+        return None
 
 
 def _transforms(trainer: Trainer) -> bool:

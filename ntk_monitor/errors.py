@@ -36,3 +36,10 @@ class HistoryError(NTKMonitorError):
 
 class DamagedRecordError(HistoryError):
     """One record of an event file holds other bytes than were written."""
+
+
+def said(error: BaseException, kind: bool | None = None) -> str:
+    """Return the first line of an error: ours speak for themselves, others with their type (or as `kind` says)."""
+    line = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    shown = not isinstance(error, NTKMonitorError) if kind is None else kind
+    return f"{type(error).__name__}: {line}" if shown else line

@@ -21,7 +21,7 @@ from ntk_monitor.engines.rows import RowsJacobian
 from ntk_monitor.engines.structured.blocks import structured_blocks
 from ntk_monitor.engines.structured.engine import Line
 from ntk_monitor.engines.structured.tap import UnfollowedError
-from ntk_monitor.errors import InputError, NetworkError, NTKMonitorError
+from ntk_monitor.errors import InputError, NetworkError, NTKMonitorError, said
 from ntk_monitor.guard import undisturbed
 from ntk_monitor.losses import recognised
 from ntk_monitor.network import Forward, Mode, Network, Selection, call, only_tensor
@@ -243,7 +243,7 @@ class _Job:
             # Whatever a user's forward does to a mode that it does not expect.
             if engine == "structured":
                 raise
-            return self._autograd(f"{type(error).__name__}: {_first_line(error)}")
+            return self._autograd(f"{said(error, kind=True)}")
         return found, "structured", "agrees with plain autograd on the rows compared", lines
 
     def _structured(self) -> tuple[dict[str, Tensor], list[Line]]:
@@ -278,7 +278,7 @@ class _Job:
         except NTKMonitorError:
             raise
         except Exception as error:  # noqa: BLE001 - vectorised backward passes refuse with any kind of error
-            problem = f"vectorised: {type(error).__name__}: {_first_line(error)}"
+            problem = f"vectorised: {said(error, kind=True)}"
         return self._rows(f"{reason}; {problem}")
 
     def _rows(self, reason: str) -> Found:
@@ -296,7 +296,7 @@ class _Job:
             raise
         except Exception as error:
             # torch.func raises RuntimeError, NotImplementedError, ValueError or a user's error from inside transforms.
-            why = f"torch.func refused: {type(error).__name__}: {_first_line(error)}"
+            why = f"torch.func refused: {said(error, kind=True)}"
             raise NetworkError(f'engine="reference" cannot measure this model; {why}; {advice}') from error
         if problem:
             raise NetworkError(f'engine="reference" is not exact here: {problem}; {advice}')
@@ -326,10 +326,6 @@ class _Job:
         sources = [_Scaled(j, self.scale) if self.scale else j for j in jacobians]
         right = sources[1] if len(sources) > 1 else None
         return gram(sources[0], right, self.layout, group=self.group, memory_limit=self.limit)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _headed(forward: Forward | None, outputs: str, loss: Any) -> Forward:

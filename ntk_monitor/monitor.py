@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ntk_monitor.errors import InputError, LossUnknownError, NTKMonitorError
+from ntk_monitor.errors import InputError, LossUnknownError, said
 from ntk_monitor.guard import random_state, undisturbed
 from ntk_monitor.kernel import MEMORY_LIMIT, Kernel, measured
 from ntk_monitor.look import Now, Outlook
 from ntk_monitor.losses import Loss, Terms, recognised
+from ntk_monitor.metrics import Measured, evaluate
+from ntk_monitor.metrics.measured import mean_over_outputs
 from ntk_monitor.modes import Modes
 from ntk_monitor.network import Network
 from ntk_monitor.outlook import Watch
@@ -27,7 +29,6 @@ from ntk_monitor.probe import Probe, beside, dataset_of, default_samples
 from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
 from ntk_monitor.say import say
 from ntk_monitor.schedule import LearningRates, Mean, Schedule
-from ntk_monitor.similarity import alignment, kernel_change
 from ntk_monitor.snapshot import Snapshot, shown_order
 from ntk_monitor.spectrum import Spectrum
 
@@ -182,8 +183,8 @@ class Monitor:
         if modes is not None and terms is not None and previous is not None and previous[2] is not None:
             carried, previous_step = previous[2].carried(terms.gradient), previous[0]
         labels = self._labels()
-        means = _mean_over_outputs(raw.values, self.probe.samples)
-        metrics = self._metrics(raw, means)
+        means = mean_over_outputs(raw.values, self.probe.samples)
+        metrics = self._metrics(raw)
         with_gram = self.recipe.gram_every and self.probes % self.recipe.gram_every == 0
         order = shown_order(labels, self.probe.samples)
         if fresh:
@@ -269,7 +270,7 @@ class Monitor:
 
     def skipped(self, step: int, error: BaseException | str, epoch: int | None = None) -> Snapshot:
         """Return the record of a probe that failed, and say so once."""
-        reason = error if isinstance(error, str) else _sentence(error)
+        reason = error if isinstance(error, str) else said(error)
         say(f"probe at step {step} skipped: {reason}")
         self.schedule.done(step, self.schedule.cost)
         return Snapshot(
@@ -325,7 +326,7 @@ class Monitor:
         try:
             terms = self.loss.terms(raw.predictions, self.probe.targets)
         except Exception as error:  # noqa: BLE001 - shapes that do not fit cost the modes, not the probe
-            return None, _sentence(error)
+            return None, said(error)
         return (terms, "") if np.isfinite(terms.gradient).all() else (None, "the loss gradient is not finite")
 
     def _labels(self) -> NDArray[np.int64] | None:
@@ -356,20 +357,18 @@ class Monitor:
             return float("nan")
         return self.loss.value(raw.predictions, self.probe.targets.cpu())
 
-    def _metrics(self, raw: Measurement, means: Array) -> dict[str, float]:
-        spectrum = raw.spectrum
-        with np.errstate(divide="ignore", invalid="ignore"):
-            metrics = {
-                "trace": spectrum.trace,
-                "condition_log10": float(np.log10(spectrum.condition_number)),
-                "effective_rank": spectrum.effective_rank,
-            }
-        targets = self._target_features()
-        if raw.layout != "loss" and targets is not None:
-            metrics["alignment"] = alignment(means, targets)
-        if self._previous is not None and self._previous[1].shape == raw.values.shape:
-            metrics["kernel_change"] = kernel_change(self._previous[1], raw.values)
-        return metrics
+    def _metrics(self, raw: Measurement) -> dict[str, float]:
+        """Return the logged scalars that the kernel alone decides."""
+        measured = Measured(
+            kernel=raw.values,
+            samples=self.probe.samples,
+            layout=raw.layout,
+            jacobian_eps=_eps(raw),
+            targets=self._target_features(),
+            previous=None if self._previous is None else self._previous[1],
+            solved=raw.spectrum,
+        )
+        return evaluate(measured, ["trace", "condition_log10", "effective_rank", "alignment", "kernel_change"])
 
 
 def _outputs(predictions: Tensor) -> int:
@@ -412,15 +411,3 @@ def _eps(raw: Measurement) -> float:
 def _square(kernel: Tensor) -> Array:
     values: Array = kernel.cpu().numpy()
     return values.reshape(values.shape[0] * values.shape[1], -1) if values.ndim == 4 else values
-
-
-def _mean_over_outputs(values: Array, samples: int) -> Array:
-    """Return the (N, N) kernel averaged over outputs, whatever layout it came in."""
-    outputs = len(values) // samples
-    return np.asarray(np.einsum("ncmc->nm", values.reshape(samples, outputs, samples, outputs)) / outputs)
-
-
-def _sentence(error: BaseException) -> str:
-    """Return the first line of an error; ours speak for themselves, others with their type."""
-    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no message"
-    return first if isinstance(error, NTKMonitorError) else f"{type(error).__name__}: {first}"

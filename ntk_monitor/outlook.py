@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from ntk_monitor.dynamics.stability import stability
 from ntk_monitor.dynamics.updates import blocks, decompose, distance
 from ntk_monitor.dynamics.verdict import SMALL_MOTION
 from ntk_monitor.dynamics.zeros import structural_zeros
-from ntk_monitor.errors import NTKMonitorError
+from ntk_monitor.errors import said
 from ntk_monitor.foresight import Foresight
 from ntk_monitor.look import Now, Outlook
 from ntk_monitor.metrics import METRICS, NAMES, Measured, evaluate
@@ -82,7 +83,7 @@ class Watch:
         except Exception as error:
             if self._recipe.strict:
                 raise
-            found.texts[part] = f"not measured: {_said(error)}"
+            found.texts[part] = f"not measured: {said(error)}"
 
     def _state(self, now: Now, found: Outlook) -> OptimizerState | None:
         if not now.optimizers:
@@ -93,7 +94,7 @@ class Watch:
         except Exception as error:
             if self._recipe.strict:
                 raise
-            found.texts["stability"] = f"not measured: {_said(error)}"
+            found.texts["stability"] = f"not measured: {said(error)}"
             return None
         found.texts["optimizer"] = state.name
         if state.uncovered:
@@ -217,7 +218,9 @@ class Watch:
             layer_speed=dict(zip(found.layers, found.arrays.get("layer_share", np.empty(0)).tolist(), strict=True)),
             solved=now.spectrum,
         )
-        names = [m.name for m in METRICS.values() if m.default and m.name not in NAMES]
+        # The noise scale has a part of its own, which pools probes and knows where samples are coupled.
+        mine = {*NAMES, "noise_scale_bound"}
+        names = [m.name for m in METRICS.values() if m.default and m.name not in mine]
         # The kernel adapts even to random labels of the probe, so that only the first errors say something of the task.
         names += ["sample_loo"] if self._looks < _EARLY else []
         self._looks += 1
@@ -275,16 +278,8 @@ class Watch:
             found.arrays["direction_rate"] = directions.rates(self._named, now.modes.rates, now.modes.vectors)
 
 
-def _said(error: Exception) -> str:
-    """Return the first line of an error; ours speak for themselves, others with their type."""
-    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no message"
-    return first if isinstance(error, NTKMonitorError) else f"{type(error).__name__}: {first}"
-
-
 def _speeds(model: nn.Module, state: OptimizerState) -> dict[str, Tensor] | None:
     """Return lr·D of every trainable parameter, zero for those that no optimizer moves; None without a known step."""
-    import torch
-
     if state.family == "other":
         return None
     trainable = {name: p.detach() for name, p in unwrapped(model).named_parameters() if p.requires_grad}

@@ -15,7 +15,7 @@ from ntk_monitor.engines.speeds import Clock, speeds
 from ntk_monitor.engines.structured.recording import SharedValueError, Side, located, needed, recorded
 from ntk_monitor.engines.structured.tap import UnfollowedError
 from ntk_monitor.engines.work import Meter
-from ntk_monitor.errors import NTKMonitorError
+from ntk_monitor.errors import NTKMonitorError, said
 from ntk_monitor.network import Mode, Network
 
 
@@ -103,7 +103,7 @@ class _Look:
                 raise
             return None, str(error)
         except Exception as error:  # noqa: BLE001 - whatever a user's forward does to a mode that it does not expect
-            return None, _said(error)
+            return None, said(error, kind=True)
 
     def _followed(self) -> Side:
         n = size(self._inputs)
@@ -155,10 +155,5 @@ class _Look:
                 self.y, parameters, cotangents, allow_unused=True, is_grads_batched=True, retain_graph=True
             )
         except Exception as error:  # noqa: BLE001 - vectorised backward passes refuse with any kind of error
-            return f"vectorised: {_said(error)}"
+            return f"vectorised: {said(error, kind=True)}"
         return ""
-
-
-def _said(error: Exception) -> str:
-    """Return the kind of an error and its first line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
