@@ -34,11 +34,15 @@ def shuffled(data: Dataset[Any], batch: int) -> DataLoader[Any]:
     return DataLoader(data, batch, shuffle=True, generator=torch.Generator().manual_seed(0))
 
 
-def digits(classes: Sequence[int] = tuple(range(10))) -> Split:
-    """Scanned digits (1, 8, 8) in [0, 1]: 1,437 for training and 360 held out, when all classes are wanted."""
+def digits(classes: Sequence[int] = tuple(range(10)), *, standard: bool = False) -> Split:
+    """Scanned digits (1, 8, 8), 1,437 for training and 360 held out when all classes are wanted.
+
+    Pixels lie in [0, 1], or have mean 0 and variance 1 where `standard`.
+    """
     data = load_digits()
     wanted = np.isin(data.target, classes)
     images = torch.tensor(data.images[wanted], dtype=torch.float32)[:, None] / 16
+    images = (images - images.mean()) / images.std() if standard else images
     labels = torch.tensor(np.searchsorted(classes, data.target[wanted]))
     train, held = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels.numpy(), random_state=0)
     return Split(images[train], labels[train], images[held], labels[held])

@@ -25,16 +25,18 @@ def images(
     *,
     smoothing: float = 0.0,
     reduction: str = "mean",
+    standard: bool = False,
+    probes: int = 14,
     **options: Any,
 ) -> Callable[[], Job]:
     """Classify digits."""
 
     def make() -> Job:
-        split = data.digits()
+        split = data.digits(standard=standard)
         loss = partial(F.cross_entropy, label_smoothing=smoothing, reduction=reduction)
         loader = split.loader(batch)
         task = Task(net(), loss, optimize, schedule)
-        return Job(task, loader, epochs * len(loader), accuracy(split.held_x, split.held_y), options=options)
+        return Job(task, loader, epochs * len(loader), accuracy(split.held_x, split.held_y), probes, options)
 
     return make
 
@@ -112,7 +114,7 @@ def _pretrained() -> nn.Module:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step == 250:
+        if step == 200:
             break
     return net
 
@@ -129,7 +131,7 @@ def lora_language() -> Job:
     text, held = data.program()
     loader = data.shuffled(data.Windows(text, 32, as_dict=True), 16)
     score = bits(shifted_loss, data.Windows(held, 32, as_dict=True, stride=16))
-    return Job(Task(net, shifted_loss, adamw(2e-3), training.warm_cosine), loader, 200, score)
+    return Job(Task(net, shifted_loss, adamw(5e-3), training.warm_cosine), loader, 200, score)
 
 
 def lora_vision() -> Job:
@@ -213,7 +215,7 @@ def _friedman_net() -> nn.Module:
 
 
 def _sequence(optimize: Optimize, schedule: Schedule, **options: Any) -> Callable[[], Job]:
-    return images(networks.LSTM, optimize, schedule, 64, 14, **options)
+    return images(networks.LSTM, optimize, schedule, 64, 14, standard=True, probes=11, **options)
 
 
 HEALTHY = (
@@ -242,19 +244,20 @@ HEALTHY = (
                 training.cosine, 64, 10, smoothing=0.1), "accuracy", 0.95),
     Case("vit-adamw", "ViT, dropout 0.1; AdamW 0.005, no decay of vectors, warm-up and cosine; batch 64",
          images(lambda: networks.ViT(dropout=0.1), training.adamw_without_decay_of_vectors(5e-3, 0.05),
-                training.warm_cosine, 64, 12), "accuracy", 0.93),
+                training.warm_cosine, 64, 12, probes=11, standard=True), "accuracy", 0.93),
     Case("vit-sgd", "ViT; SGD 0.1, momentum 0.9, warm-up and cosine, clipping at 1; batch 32",
-         images(networks.ViT, sgd(0.1), training.warm_cosine, 32, 10, gradient_clip_val=1.0), "accuracy", 0.93),
+         images(networks.ViT, sgd(0.1), training.warm_cosine, 32, 10, probes=11, standard=True, gradient_clip_val=1.0),
+         "accuracy", 0.93),
     Case("gpt-written", "GPT on characters, tied head; AdamW 0.004, warm-up and cosine, clipping at 1; batch 32",
          gpt_written, "-bits per character", -3.75),
     Case("gpt-library", "GPT-2 of transformers, dropout; AdamW 0.004, warm-up; batch 2 x 16 accumulated",
          gpt_library, "-bits per character", -4.0),
-    Case("lora-language", "LoRA of a pretrained GPT-2; AdamW 0.002, warm-up and cosine; batch 16",
+    Case("lora-language", "LoRA of a pretrained GPT-2; AdamW 0.005, warm-up and cosine; batch 16",
          lora_language, "-bits per character", -3.5),
     Case("lora-vision", "LoRA of a pretrained ViT with a new head; AdamW 0.005, cosine; batch 32",
          lora_vision, "accuracy", 0.93),
-    Case("lstm-adamw", "LSTM over rows; AdamW 0.005, cosine, clipping at 1; batch 64",
-         _sequence(adamw(5e-3), training.cosine, gradient_clip_val=1.0), "accuracy", 0.93),
+    Case("lstm-adamw", "LSTM over rows; AdamW 0.01, cosine, clipping at 1; batch 64",
+         _sequence(adamw(1e-2), training.cosine, gradient_clip_val=1.0), "accuracy", 0.93),
     Case("regression-diabetes", "MLP on the diabetes table, MSE; AdamW 0.001; batch 32",
          table(data.diabetes, lambda: networks.mlp([10, 32, 32, 1]), F.mse_loss, adamw(1e-3, weight_decay=0.1), None,
                batch=32, epochs=20), "R²", 0.25),

@@ -92,7 +92,7 @@ class ViT(nn.Module):
     def __init__(self, width: int = 32, depth: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, 2)
-        self.places = nn.Parameter(0.5 * torch.randn(1, 16, width))
+        self.places = nn.Parameter(0.7 * torch.randn(1, 16, width))  # as long as sines and cosines
         self.body = nn.Sequential(*(Attention(width, 2, dropout) for _ in range(depth)), nn.LayerNorm(width))
         self.head = nn.Linear(width, 10)
 
