@@ -34,9 +34,10 @@ from ntk_monitor.callbacks.trainer_data import (
 from ntk_monitor.errors import InputError, LossUnknownError
 from ntk_monitor.guard import random_state
 from ntk_monitor.harmless import Fingerprint
+from ntk_monitor.look import Measurement
 from ntk_monitor.losses import candidates, recognised
 from ntk_monitor.matching import Matching
-from ntk_monitor.monitor import Measurement, Monitor
+from ntk_monitor.monitor import Monitor
 from ntk_monitor.probe import Probe, default_samples, from_batch
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.say import say

@@ -62,8 +62,8 @@ def drawn(trainer: Trainer, module: nn.Module, wanted: Any, recipe: Recipe) -> P
 def reference_samples(trainer: Trainer, probe: Probe, recipe: Recipe) -> Probe | None:
     """Draw training samples that drive forecasts beside the probe's own.
 
-    None where the training data cannot be indexed or taken apart into inputs and targets, and where several optimizers take turns (manual optimization): the
-    steps of each are then no steps of the other.
+    None where the training data cannot be indexed or taken apart into inputs and targets, and where several optimizers
+    take turns (manual optimization): the steps of each are then no steps of the other.
     """
     data = trainer.train_dataloader
     if recipe.reference == 0 or len(trainer.optimizers) > 1 or _transforms(trainer):

@@ -9,12 +9,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ntk_monitor.kernel import Kernel
 from ntk_monitor.losses import Loss, Terms
 from ntk_monitor.modes import Modes
 from ntk_monitor.probe import Probe
 from ntk_monitor.spectrum import Spectrum
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What only the network could tell at one step; everything else follows from it."""
+
+    step: int
+    epoch: int | None
+    wall_time: float
+    layout: str
+    kernel: Kernel
+    values: Array
+    """Square float64 matrix, (N·C, N·C) for the full layout, (N, N) otherwise."""
+    spectrum: Spectrum
+    predictions: Tensor
+    """Outputs (N, ...) on the probe as the module shapes them, float64 on the CPU."""
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

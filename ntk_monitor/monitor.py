@@ -6,7 +6,7 @@ become known in between.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from ntk_monitor.errors import InputError, LossUnknownError, said
 from ntk_monitor.guard import random_state, undisturbed
-from ntk_monitor.kernel import MEMORY_LIMIT, Kernel, measured
-from ntk_monitor.look import Now, Outlook
+from ntk_monitor.kernel import MEMORY_LIMIT, measured
+from ntk_monitor.look import Measurement, Now, Outlook
 from ntk_monitor.losses import Loss, Terms, recognised
 from ntk_monitor.metrics import Measured, evaluate
 from ntk_monitor.metrics.measured import mean_over_outputs
@@ -33,23 +33,6 @@ from ntk_monitor.snapshot import Snapshot, shown_order
 from ntk_monitor.spectrum import Spectrum
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """What only the network could tell at one step; everything else follows from it."""
-
-    step: int
-    epoch: int | None
-    wall_time: float
-    layout: str
-    kernel: Kernel
-    values: Array
-    """Square float64 matrix, (N·C, N·C) for the full layout, (N, N) otherwise."""
-    spectrum: Spectrum
-    predictions: Tensor
-    """Outputs (N, ...) on the probe as the module shapes them, float64 on the CPU."""
-    seconds: dict[str, float]
 
 
 class Monitor:
