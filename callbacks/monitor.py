@@ -10,11 +10,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ntk_monitor.batch import tensors
 from ntk_monitor.callbacks.ahead import (
     clipping,
     effective_batch,
@@ -22,6 +19,7 @@ from ntk_monitor.callbacks.ahead import (
     rates_ahead,
     training_samples,
 )
+from ntk_monitor.callbacks.checks import check_device, checked_probe, probe_bytes
 from ntk_monitor.callbacks.lightning_base import Base, LightningModule, Trainer
 from ntk_monitor.callbacks.sink import Sink
 from ntk_monitor.callbacks.trainer_data import (
@@ -31,7 +29,7 @@ from ntk_monitor.callbacks.trainer_data import (
     returned_loss,
     training_outputs,
 )
-from ntk_monitor.errors import InputError, LossUnknownError
+from ntk_monitor.errors import LossUnknownError
 from ntk_monitor.guard import random_state
 from ntk_monitor.harmless import Fingerprint
 from ntk_monitor.look import Measurement
@@ -129,10 +127,10 @@ class NTKMonitor(Base):
             seed=seed,
             strict=strict,
         )
-        self._wanted = _checked(probe, seed)
+        self._wanted = checked_probe(probe, seed)
         if loss is not None:
             recognised(loss)
-        _check_device(device)
+        check_device(device)
         self._restored: dict[str, Any] = {}
         self._reset()
 
@@ -206,7 +204,7 @@ class NTKMonitor(Base):
         probe, last_step = monitor.probe, monitor.schedule.last_step
         state = {"version": 1, "hash": probe.hash, "indices": list(probe.indices), "source": probe.source}
         state |= {"last_step": last_step, "probes": monitor.probes}
-        if not probe.indices or _bytes(probe) <= _CHECKPOINT_BYTES:
+        if not probe.indices or probe_bytes(probe) <= _CHECKPOINT_BYTES:
             state |= {"inputs": probe.inputs, "targets": probe.targets}
         return state
 
@@ -402,24 +400,3 @@ class NTKMonitor(Base):
     def _flush(self) -> None:
         if self._sink is not None:
             self._sink.flush()
-
-
-def _checked(probe: Any, seed: int) -> Any:
-    """Refuse at once what can never be a probe; keep what needs the Trainer for later."""
-    if isinstance(probe, bool) or (isinstance(probe, int) and probe < 1):
-        raise InputError(f"probe must hold at least 1 sample, got {probe!r}")
-    needs_trainer = probe is None or isinstance(probe, (int, Dataset, DataLoader))
-    return probe if needs_trainer else Probe.of(probe, default_samples(1), seed)
-
-
-def _check_device(device: str | None) -> None:
-    try:
-        kind = torch.device(device).type if device is not None else "cpu"
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device must be a torch device such as cpu or cuda:0, got {device!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA here; leave device=None")
-
-
-def _bytes(probe: Probe) -> int:
-    return sum(t.numel() * t.element_size() for t in [*tensors(probe.inputs), *tensors(probe.targets)])
