@@ -88,8 +88,7 @@ def settled(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.02, betas=(0.9, 0.5), amsgrad=True)
 
 
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-@pytest.mark.parametrize("rides", [False, True], ids=["drives", "rides"])
+@pytest.mark.parametrize(("loss", "rides"), [("mse", False), ("cross_entropy", True)])
 @pytest.mark.parametrize(("optimizer", "warm", "error"), [(sgd, 3, 1e-5), (settled, 20, 1e-5), (adamw, 15, 0.1)])
 def test_forecasts_of_a_linear_model_come_true(
     optimizer: Optimizers, warm: int, error: float, rides: bool, loss: str
@@ -250,14 +249,14 @@ def test_where_there_is_no_forecast_the_reason_is_said(optimizer: Optimizers, op
     assert "residual_out_of_reach" not in found.metrics
 
 
-@pytest.mark.parametrize(("every", "simulated"), [(0, []), (1, [0, 1, 2, 3, 4, 5]), (4, [0, 4])])
+@pytest.mark.parametrize(("every", "simulated"), [(0, []), (3, [0, 3])])
 def test_the_rest_of_the_run_is_simulated_at_some_probes_and_each_is_scored(every: int, simulated: list[int]) -> None:
     run, found = Run(plain, recipe=ntk.Recipe(total_steps=TOTAL, strict=True, forecast_every=every)), []
-    for _ in range(6):
+    for _ in range(4):
         found.append(run.monitor.snapshot())
         run.steps(1)
     assert [i for i, s in enumerate(found) if s.time_to_learn.size] == simulated
-    assert ["motion" in s.facts for s in found] == [False] + 5 * [True]
+    assert ["motion" in s.facts for s in found] == [False] + 3 * [True]
 
 
 def test_an_expensive_kernel_is_no_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +270,8 @@ def test_a_small_reference_holds_the_probe_too() -> None:
         recipe = ntk.Recipe(reference=size, total_steps=TOTAL, strict=True)
         found = Run(plain, recipe=recipe).monitor.snapshot()
         assert found.texts["forecast"].startswith(f"from {driving} training samples")
-        found = Run(plain, recipe=recipe, rides=True).monitor.snapshot()
-        assert found.texts["forecast"].startswith(f"from {min(size, SAMPLES)} training samples")
+    found = Run(plain, recipe=ntk.Recipe(reference=10, strict=True), rides=True).monitor.snapshot()
+    assert found.texts["forecast"].startswith("from 10 training samples")
 
 
 def test_how_far_ahead_and_at_which_rates() -> None:

@@ -1,12 +1,13 @@
 """When to probe: by counting steps that may jump, or by a share of the time that is kept."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntk_monitor.schedule import LearningRates, Schedule
+from ntk_monitor.schedule import LearningRates, Mean, Schedule
 
 
 @dataclass
@@ -147,3 +148,57 @@ def test_the_rate_of_every_step_can_be_read_back(values: list[float], every: int
                 if known:
                     seen[past] = changes[max(known)][0]
     assert seen == dict(enumerate(values))
+
+
+@given(
+    st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=1, max_size=20),
+    st.integers(0, 5),
+    st.integers(0, 25),
+    st.integers(0, 25),
+)
+def test_rates_between_two_steps_are_those_recorded_or_none(
+    values: list[float], start: int, first: int, count: int
+) -> None:
+    rates = LearningRates()
+    assert rates.between(first, first + count) == []
+    for step, value in enumerate(values, start):
+        rates.record(step, (value,))
+    known = start <= first and first + count <= start + len(values)
+    wanted = [(value,) for value in values[first - start :][:count]]
+    assert rates.between(first, first + count) == (wanted if known else [])
+
+
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=1, max_size=30), st.integers(1, 7))
+def test_rates_between_probes_are_known_whatever_was_taken(values: list[float], every: int) -> None:
+    rates, previous = LearningRates(), 0
+    for step, value in enumerate(values):
+        rates.record(step, (value,))
+        if (step + 1) % every == 0:
+            assert rates.between(previous, step + 1) == [(v,) for v in values[previous : step + 1]]
+            rates.taken()
+            previous = step + 1
+
+
+def test_a_mean_starts_again_when_it_is_taken() -> None:
+    mean = Mean()
+    assert math.isnan(mean.taken())
+    for value in (1.0, 2.0, 6.0):
+        mean.add(value)
+    assert mean.count == 3
+    assert mean.taken() == 3
+    assert mean.count == 0
+    assert math.isnan(mean.taken())
+
+
+def test_a_mean_reads_no_value_before_it_is_asked_for() -> None:
+    class OnDevice:
+        def __radd__(self, other: float) -> "OnDevice":
+            return self
+
+        def __float__(self) -> float:
+            raise RuntimeError("read")
+
+    mean = Mean()
+    mean.add(OnDevice())
+    with pytest.raises(RuntimeError, match="read"):
+        mean.taken()
