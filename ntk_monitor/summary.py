@@ -6,7 +6,7 @@ say what a number means, never whether the run is good or bad: one probe cannot 
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ntk_monitor.bands import NAMES, REACH, band_energy, reach_energy, remaining_steps
@@ -173,32 +173,36 @@ def _residual(last: Snapshot) -> Iterator[Row]:
 
 
 def _stability(measured: Sequence[Snapshot]) -> Iterator[Row]:
-    """Say what the learning rate could be multiplied by, at the last probe where that is known."""
-    known = [snapshot for snapshot in measured if "lr_headroom_high" in snapshot.metrics]
+    """Say what the learning rate could have been multiplied by where it was tightest, and what it could be now."""
+    known = [snapshot for snapshot in measured if _finite(snapshot.metrics, "lr_headroom_low", "lr_headroom_high")]
     if not known:
         if reason := measured[-1].texts.get("stability", ""):
             yield Row("learning rate", "no bound known", f"{_sentence(reason)}.")
         return
-    at = known[-1]
+    at = min(known, key=lambda snapshot: snapshot.metrics["lr_headroom_high"])
     low, high = at.metrics["lr_headroom_low"], at.metrics["lr_headroom_high"]
     optimizer, batch = at.texts.get("optimizer", "the optimizer"), at.facts.get("batch_size", math.nan)
-    batches = f"batches of {batch:.0f}" if math.isfinite(batch) else "batches"
+    batches = f"batches of {batch:.0f}" if math.isfinite(batch) else "small batches"
     if high < 1:
-        meaning = f"Above the bound of {optimizer} even for full-batch steps: the loss should rise or jump."
+        meaning = f"Above the bound of {optimizer} even for full-batch steps there: the loss should rise or jump."
     elif low < 1:
         meaning = (
-            f"Between the bounds: noise of {batches} may unsettle steps, full-batch ones would be stable. "
-            "Many healthy runs train here; if the loss jumps, this is why."
+            f"The tightest moment. Noise of {batches} may unsettle steps there, full-batch steps would be stable: many "
+            "healthy runs train between the two. If the loss jumped, this is why."
         )
     else:
         meaning = (
-            f"Steps of {optimizer} become unstable somewhere in between: the lower end is for noise of {batches}, "
-            "the upper for full-batch steps. There is room above the present rate."
+            f"The tightest moment. Steps of {optimizer} become unstable somewhere between the two: the lower end is "
+            f"for noise of {batches}, the upper for full-batch steps."
         )
+    if at is not known[-1]:
+        last = known[-1]
+        ends = (_short(last.metrics[f"lr_headroom_{end}"]) for end in ("low", "high"))
+        meaning += f" At step {last.step}, with the learning rate of then: {' to '.join(ends)}."
     bias = at.facts.get("sharpness_bias", math.nan)
     small = f" With {_plural(at.samples, 'probe sample')} it reads about {bias:.0%} too strict." if bias >= 0.05 else ""
-    when = "" if at is measured[-1] else f" (step {at.step})"
-    yield Row("learning rate", f"could be multiplied by {_short(low)} to {_short(high)}{when}", meaning + small)
+    value = f"could be multiplied by {_short(low)} to {_short(high)} at step {at.step}"
+    yield Row("learning rate", value, meaning + small)
 
 
 def _noise(last: Snapshot) -> Iterator[Row]:
@@ -216,7 +220,9 @@ def _noise(last: Snapshot) -> Iterator[Row]:
 def _forecast(measured: Sequence[Snapshot]) -> Iterator[Row]:
     """Say where the run will end, and how far recent forecasts could be believed."""
     last = measured[-1]
-    made = [snapshot for snapshot in measured if "loss_remaining" in snapshot.facts]
+    made = [
+        snapshot for snapshot in measured if _finite(snapshot.facts, "loss_remaining") and snapshot.forecast_steps.size
+    ]
     if made:
         at = made[-1]
         target, total = at.facts["loss_remaining"], at.facts.get("total_steps", math.nan)
@@ -224,31 +230,45 @@ def _forecast(measured: Sequence[Snapshot]) -> Iterator[Row]:
         meaning = f"Simulated from the kernel of step {at.step}, with {at.texts.get('optimizer', 'the optimizer')}"
         meaning += " and the learning rates to come. The kernel will move; take it as a direction."
         yield Row("loss forecast", f"{_short(target)} {end}", meaning)
+    elif last.texts.get("forecast", "").startswith("from "):
+        yield Row("loss forecast", "none", "No simulation from a kernel of this run reached the run's end.")
     elif reason := last.texts.get("forecast", ""):
         yield Row("loss forecast", "none", f"{_sentence(reason.removeprefix('none: '))}.")
     yield from _trust(measured)
 
 
 def _trust(measured: Sequence[Snapshot]) -> Iterator[Row]:
-    errors = [s.facts["forecast_error"] for s in measured if "forecast_error" in s.facts][-5:]
-    if errors:
-        middle = sorted(errors)[len(errors) // 2]
-        word = "good" if middle < 0.2 else "fair" if middle < 0.5 else "poor"
-        meaning = (
-            f"Median miss of the last {_plural(len(errors), 'forecast')} from one probe to the next, relative to how "
-            "far the outputs moved. Forecasting no change misses 100 %."
-        )
-        linear = [s.metrics["linearisation_error"] for s in measured if "linearisation_error" in s.metrics][-5:]
-        if linear and word != "good":
-            part = sorted(linear)[len(linear) // 2]
-            blame = "the kernel moves between probes" if part > 0.5 * middle else "batch noise or the probe's size"
-            meaning += f" The tangent alone misses {part:.0%}: mostly {blame}."
-        yield Row("trust in forecasts", f"{word}, {middle:.0%} missed", meaning)
+    errors = [s.facts["forecast_error"] for s in measured if _finite(s.facts, "forecast_error")]
+    if not errors:
+        return
+    middle = _median(errors)
+    word = "good" if middle < 0.2 else "fair" if middle < 0.5 else "poor"
+    meaning = (
+        f"Median miss of {_plural(len(errors), 'forecast')} from one probe to the next, relative to how far the "
+        "outputs moved. Forecasting no change misses 100 %."
+    )
+    recent = _median(errors[-5:])
+    if len(errors) > 7 and recent > 1.5 * middle:
+        meaning += f" The last five missed {recent:.0%}: what moves the outputs late in a run is mostly batch noise."
+    linear = [s.metrics["linearisation_error"] for s in measured if _finite(s.metrics, "linearisation_error")]
+    if linear and word != "good":
+        part = _median(linear)
+        blame = "the kernel moves between probes" if part > 0.5 * middle else "batch noise or the size of the reference"
+        meaning += f" The tangent alone missed {part:.0%}: mostly {blame}."
+    yield Row("trust in forecasts", f"{word}, {middle:.0%} missed", meaning)
+
+
+def _finite(values: Mapping[str, float], *names: str) -> bool:
+    return all(math.isfinite(values.get(name, math.nan)) for name in names)
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def _reach(measured: Sequence[Snapshot]) -> Iterator[Row]:
-    """Say what the remaining steps will still learn, at the last probe with a tenth of the run to go."""
-    found = [s for s in measured if reach_energy(s) and remaining_steps(s) >= 0.1 * s.facts.get("total_steps", 0.0)]
+    """Say what the remaining steps will still learn, at the last simulation with a quarter of the run to go."""
+    found = [s for s in measured if reach_energy(s) and remaining_steps(s) >= 0.25 * s.facts.get("total_steps", 0.0)]
     if not found:
         return
     at = found[-1]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ntk_monitor.batch import Flat, digest, mapped, moved, owned, size, take, tensors
+from ntk_monitor.batch import Flat, digest, joined, mapped, moved, owned, size, take, tensors
 from ntk_monitor.errors import InputError
 
 Named = namedtuple("Named", ["x", "y"])
@@ -133,3 +133,24 @@ def test_taken_apart_and_put_together() -> None:
     assert torch.equal(again["pair"][0], batch["pair"][0] + 1)
     assert torch.equal(again["scale"], batch["scale"])
     assert digest(flat.rebuild(flat.leaves)) == digest(batch)
+
+
+def test_two_batches_become_one() -> None:
+    one, two = nest(3), nest(2)
+    both = joined(one, two)
+    assert size(both) == 5
+    assert type(both["pair"]) is tuple
+    for whole, a, b in zip(tensors(both), tensors(one), tensors(two), strict=True):
+        assert torch.equal(whole, torch.cat([a, b]) if a.dim() else a)
+    assert digest(take(both, slice(3, 5))) == digest(two)
+    alone = joined(one, None)
+    alone["x"].zero_()
+    assert one["x"].any()
+    assert joined(None, None) is None
+    assert joined(torch.zeros(1, 2), torch.ones(1, 2).double()).dtype == torch.float32
+
+
+def test_batches_that_are_not_alike_are_refused() -> None:
+    for other in (torch.zeros(2, 4), (torch.zeros(2, 3), torch.zeros(2)), "no tensor"):
+        with pytest.raises(InputError, match="samples must be alike"):
+            joined(torch.zeros(2, 3), other)

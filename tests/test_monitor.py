@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import ntk_monitor as ntk
 from ntk_monitor.errors import InputError, LossUnknownError
@@ -157,6 +158,79 @@ def test_a_record_survives_the_event_file(tmp_path: Any) -> None:
         assert np.allclose(before.eigenvalues, after.eigenvalues, rtol=1e-6)
         assert before.metrics == pytest.approx(after.metrics)
         assert (before.probe, before.engine, before.loss_status) == (after.probe, after.engine, after.loss_status)
+
+
+def training_set(samples: int = 40) -> TensorDataset:
+    return TensorDataset(torch.randn(samples, 6).double(), torch.randn(samples, 2).double())
+
+
+def test_reference_samples_come_from_the_training_set_beside_the_probe() -> None:
+    model, optimizer, (x, y) = linear(6, 2)
+    train = training_set(600)  # a probe of the default size leaves 88
+    probe = ntk.Probe.of(train, 10)
+    for data in (probe, DataLoader(train, 4), train):
+        monitor = ntk.Monitor(model, optimizer, data, "mse", reference=train, recipe=ntk.Recipe(reference=12))
+        assert monitor.reference is not None
+        assert monitor.probe.indices
+        assert not set(monitor.reference.indices) & set(monitor.probe.indices)
+        assert monitor.reference.samples == 12
+    other = ntk.Monitor(model, optimizer, training_set(9), "mse", reference=train)
+    assert other.probe.indices == ()  # places in another set
+    given = ntk.Monitor(model, optimizer, (x, y), "mse", reference=train.tensors, recipe=ntk.Recipe(reference=12))
+    assert given.reference is not None
+    assert given.reference.samples == 12
+    assert (
+        ntk.Monitor(model, optimizer, (x, y), "mse", reference=train, recipe=ntk.Recipe(reference=0)).reference is None
+    )
+    assert ntk.Monitor(model, optimizer, (x, y), "mse", reference=probe).reference is probe
+    assert ntk.Monitor(model, optimizer, (x, y), "mse").reference is None
+
+
+def test_batch_size_and_length_of_the_run_are_recorded() -> None:
+    model, optimizer, data = linear(6, 2)
+    known = ntk.Monitor(model, optimizer, data, "mse", batch_size=3, total_steps=70).snapshot(0)
+    assert (known.facts["batch_size"], known.facts["total_steps"], known.facts["lr"]) == (3, 70, 0.05)
+    unknown = ntk.Monitor(model, optimizer, data, "mse").snapshot(0)
+    assert not {"batch_size", "total_steps"} & set(unknown.facts)
+
+
+def test_batches_that_are_the_whole_population_have_no_noise() -> None:
+    model, optimizer, data = linear(6, 2)
+    monitor = ntk.Monitor(model, optimizer, data, "mse", batch_size=6)
+    noisy = monitor.snapshot(0).metrics
+    monitor.population = 6
+    still = monitor.snapshot(0).metrics
+    assert noisy["lr_headroom_low"] < still["lr_headroom_low"] == pytest.approx(still["lr_headroom_high"])
+
+
+def test_losses_since_the_last_probe_are_averaged() -> None:
+    model, optimizer, data = linear(6, 2)
+    monitor = ntk.Monitor(model, optimizer, data, "mse")
+    assert "train_loss" not in monitor.snapshot(0).facts
+    for value in (1.0, 3.0):
+        monitor.losses.add(torch.tensor(value))
+    assert monitor.snapshot(1).facts["train_loss"] == 2
+    assert "train_loss" not in monitor.snapshot(2).facts
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reference": -1}, r"reference must be 0 \(no forecasts\) or positive, got -1"),
+        ({"reference": None}, "reference must be int, got None"),
+        ({"reference": 1.5}, "reference must be int, got 1.5"),
+        ({"forecast_every": -1}, "forecast_every must be 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1 or None, got 0"),
+        ({"batch_size": True}, "batch_size must be int or None, got True"),
+        ({"total_steps": 0}, "total_steps must be at least 1 or None, got 0"),
+        ({"total_steps": "many"}, "total_steps must be int or None, got 'many'"),
+        ({"directions": [1.0]}, "directions must map names to arrays"),
+    ],
+)
+def test_options_of_looks_are_checked(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ntk.Recipe(**options)
 
 
 CHANGES: dict[str, Any] = {
