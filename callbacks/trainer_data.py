@@ -85,7 +85,7 @@ def _transforms(trainer: Trainer) -> bool:
 
 def outputs_per_sample(module: nn.Module, probe: Probe, recipe: Recipe) -> int:
     """Return C, by one forward pass of a probe."""
-    with undisturbed(seed=recipe.seed), torch.no_grad():
+    with undisturbed(seed=recipe.seed), torch.enable_grad():  # a forward may take gradients itself
         options = {"params": recipe.params, "forward": recipe.forward, "device": recipe.device}
         network = Network.careful(module, probe.inputs, **options)
         return int(network.outputs(network.prepared(probe.inputs)).shape[1])
@@ -99,10 +99,11 @@ def training_outputs(trainer: Trainer, module: nn.Module, batch: Any, recipe: Re
     inputs, targets = split(batch)
     if not isinstance(targets, Tensor):
         return None
-    with random_state(), torch.no_grad(), trainer.precision_plugin.forward_context():
+    # With gradients enabled: a forward may take some itself (physics-informed residuals).
+    with random_state(), torch.enable_grad(), trainer.precision_plugin.forward_context():
         # A copy of the parameters: the coming step must be the one that rewrites them, should forward do such a thing.
         network = Network(module, params=recipe.params, forward=recipe.forward, mode="live", detached=True)
-        return network.raw(moved(inputs, network.device)).float(), targets.detach().clone()
+        return network.raw(moved(inputs, network.device)).detach().float(), targets.detach().clone()
 
 
 def returned_loss(trainer: Trainer, outputs: Any) -> float | None:

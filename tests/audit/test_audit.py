@@ -1,18 +1,15 @@
 """The promise of the product: healthy runs raise no alarm, and what ails a sick one is named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from torch.nn import functional as F
 
 from tests.audit import report
 from tests.audit.cases import apart
-from tests.audit.data import friedman
-from tests.audit.healthy import HEALTHY, table
-from tests.audit.networks import mlp
+from tests.audit.healthy import HEALTHY, pinn_decay
 from tests.audit.runs import Case, Outcome, load, run, saved
 from tests.audit.sick import SICK
-from tests.audit.training import sgd
 
 
 @pytest.mark.slow
@@ -33,11 +30,14 @@ def test_of_twelve_sick_runs_ten_are_named(tmp_path: Path) -> None:
 
 
 def test_a_run_is_scored_recorded_and_read_back(tmp_path: Path) -> None:
-    make = table(lambda: friedman(100), lambda: mlp([10, 8, 1]), F.mse_loss, sgd(0.05), None, batch=20, epochs=4)
-    outcome = run(Case("tiny", "a test of the audit itself", make, "R²", -10.0), tmp_path / "tiny")
+    # A network whose forward differentiates: every pass of the monitor must let it.
+    case = Case(
+        "tiny", "a test of the audit itself", lambda: replace(pinn_decay(), steps=16, probes=4), "1 - error", -10.0
+    )
+    outcome = run(case, tmp_path / "tiny")
     assert not outcome.error
     assert outcome.as_intended
-    assert (outcome.steps, outcome.probes) == (16, 17)
+    assert (outcome.steps, outcome.probes) == (16, 5)
     assert outcome.loss_status == "mse(mean) matched"
     assert len(outcome.losses) == 16
     assert load(saved(outcome, tmp_path)).snapshots[-1]["step"] == 16
