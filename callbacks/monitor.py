@@ -29,7 +29,7 @@ from ntk_monitor.callbacks.trainer_data import (
     returned_loss,
     training_outputs,
 )
-from ntk_monitor.errors import LossUnknownError
+from ntk_monitor.errors import LossUnknownError, said
 from ntk_monitor.guard import random_state
 from ntk_monitor.harmless import Fingerprint
 from ntk_monitor.look import Measurement
@@ -256,7 +256,7 @@ class NTKMonitor(Base):
         module = measured_module(pl_module) if self.recipe.forward is None else pl_module
         self.monitor = Monitor(module, list(trainer.optimizers), probe, recipe=self.recipe)
         self.monitor.schedule.start()
-        self.monitor.reference = reference_samples(trainer, probe, self.recipe)
+        self.monitor.reference = self._reference(trainer, probe)
         self.monitor.total_steps = self.recipe.total_steps or planned_steps(trainer)
         self.monitor.rates_ahead = partial(rates_ahead, trainer)
         self.monitor.clip = clipping(trainer)
@@ -271,6 +271,16 @@ class NTKMonitor(Base):
             self._matching = Matching(candidates(pl_module))
         if self.monitor.due(trainer.global_step):
             self._probe(trainer, pl_module)
+
+    def _reference(self, trainer: Trainer, probe: Probe) -> Probe | None:
+        """Draw what drives forecasts; data that cannot be drawn cost the forecasts, not the monitor."""
+        try:
+            return reference_samples(trainer, probe, self.recipe)
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            say(f"there will be no forecasts, as no training samples could be drawn for them: {said(error)}")
+            return None
 
     def _remembered(self) -> Probe | None:
         """Return the probe of the run that is being resumed, when its checkpoint holds the samples."""

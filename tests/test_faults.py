@@ -30,6 +30,7 @@ def run(root: Path, callbacks: list[Any], net: nn.Module | None = None, **option
 STAGES = [
     "ntk_monitor.callbacks.monitor.Sink",
     "ntk_monitor.callbacks.monitor.drawn",
+    "ntk_monitor.callbacks.monitor.reference_samples",
     "ntk_monitor.callbacks.monitor.Monitor",
     "ntk_monitor.callbacks.monitor.candidates",
     "ntk_monitor.callbacks.monitor.training_outputs",
@@ -41,6 +42,7 @@ STAGES = [
     "ntk_monitor.monitor.Spectrum.of",
     "ntk_monitor.monitor.Modes.of",
     "ntk_monitor.monitor.alignment",
+    "ntk_monitor.outlook.Watch.look",
     "ntk_monitor.monitor.Monitor.finish",
     "ntk_monitor.monitor.Monitor.observe",
     "ntk_monitor.callbacks.sink.event",
@@ -67,6 +69,21 @@ def test_a_fault_in_any_stage_costs_at_most_the_probe(
     monkeypatch.setattr(stage, fail)
     found = run(tmp_path, [NTKMonitor(probe=6, every_n_steps=3)], logger=TensorBoardLogger(tmp_path))
     assert found == undisturbed
+
+
+def test_reference_samples_that_cannot_be_drawn_cost_the_forecasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("ntk_monitor.callbacks.monitor.reference_samples", fail)
+    callback = NTKMonitor(probe=6, every_n_steps=6, loss="cross_entropy")
+    with pytest.warns(NTKWarning, match="there will be no forecasts, as .*RuntimeError: boom"):
+        run(tmp_path, [callback])
+    assert callback.last is not None
+    assert callback.last.texts["forecast"].startswith("none:")
+    assert callback.last.layer_update.size
 
 
 def test_warnings_as_errors_do_not_turn_our_sentence_into_an_exception(
