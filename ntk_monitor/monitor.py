@@ -25,7 +25,7 @@ from ntk_monitor.metrics.measured import mean_over_outputs
 from ntk_monitor.modes import Modes
 from ntk_monitor.network import Network
 from ntk_monitor.outlook import Watch
-from ntk_monitor.probe import Probe, beside, dataset_of, default_samples
+from ntk_monitor.probe import Probe, beside, dataset_of, default_samples, population_of
 from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
 from ntk_monitor.say import say
 from ntk_monitor.schedule import LearningRates, Mean, Schedule
@@ -86,7 +86,7 @@ class Monitor:
         self.probes = 0
         self.reference: Probe | None = _reference(reference, self.probe, self.recipe)
         self.batch_size, self.total_steps = self.recipe.batch_size, self.recipe.total_steps
-        self.population: int | None = None
+        self.population: int | None = population_of(reference)
         self.clip: float | None = None
         self.rates_ahead: Callable[[int], Array | None] | None = None
         self.losses = Mean()

@@ -139,6 +139,16 @@ def dataset_of(data: Any) -> Any:
     return data.dataset if isinstance(data, DataLoader) else data if isinstance(data, Dataset) else None
 
 
+def population_of(data: Any) -> int | None:
+    """Return how many samples a training set has, in the forms of `Probe.of`; None for a draw, and without a length."""
+    whole = data[0] if isinstance(data, (tuple, list)) and len(data) == 2 else dataset_of(data)
+    if data is None or isinstance(data, Probe) or whole is None:
+        return None
+    if isinstance(whole, Dataset):
+        return len(whole) if hasattr(whole, "__len__") else None
+    return size(whole)
+
+
 def beside(data: Any, probe: Probe, samples: int, seed: int) -> Probe | None:
     """Draw training samples that are not among the probe's, in random order, so that the first are a draw as well.
 

@@ -179,11 +179,13 @@ def test_reference_samples_come_from_the_training_set_beside_the_probe() -> None
     given = ntk.Monitor(model, optimizer, (x, y), "mse", reference=train.tensors, recipe=ntk.Recipe(reference=12))
     assert given.reference is not None
     assert given.reference.samples == 12
+    assert (given.population, other.population) == (600, 600)
     assert (
         ntk.Monitor(model, optimizer, (x, y), "mse", reference=train, recipe=ntk.Recipe(reference=0)).reference is None
     )
     assert ntk.Monitor(model, optimizer, (x, y), "mse", reference=probe).reference is probe
-    assert ntk.Monitor(model, optimizer, (x, y), "mse").reference is None
+    bare = ntk.Monitor(model, optimizer, (x, y), "mse")
+    assert (bare.reference, bare.population) == (None, None)
 
 
 def test_batch_size_and_length_of_the_run_are_recorded() -> None:
