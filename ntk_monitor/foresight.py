@@ -2,26 +2,22 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import nn
 
 from ntk_monitor.bands import residual_out_of_reach
 from ntk_monitor.directions import Direction, matrix
-from ntk_monitor.dynamics.model import Dynamics
-from ntk_monitor.forecasting import (
-    Forecaster,
-    ForecastUnavailableError,
-    Happened,
-    Scored,
-    coming,
-    horizon,
-    learned,
-    scored,
-    ticks,
-)
+from ntk_monitor.errors import NTKMonitorError, said
+from ntk_monitor.forecasting import coming, horizon, learned, linearised, ticks
 from ntk_monitor.look import Now, Outlook
+from ntk_monitor.losses import Loss
 from ntk_monitor.optimizers import OptimizerState
 from ntk_monitor.probe import Probe
 from ntk_monitor.recipe import Recipe
+from ntk_monitor.walk import NoForecastError, Path, Scored, scored, walked
+
+# A forecast may cost this many times what the kernel of its probe did, but a second is always allowed.
+_PRICE = 4.0
 
 
 class Foresight:
@@ -29,57 +25,80 @@ class Foresight:
 
     def __init__(self, model: nn.Module, recipe: Recipe, probe: Probe) -> None:
         self._model, self._recipe, self._probe = model, recipe, probe
-        self._forecaster: Forecaster | None = None
         self._since = recipe.forecast_every
+        self._made: Path | None = None
+        self._interval: int | None = recipe.every_n_steps
+        self._step: int | None = None
 
     def look(self, now: Now, found: Outlook, state: OptimizerState | None, named: Sequence[Direction]) -> None:
-        """Score the forecast of the previous probe, then make the next."""
-        forecaster = self._forecaster = self._forecaster or self._new_forecaster(now)
-        if forecaster is None or state is None or now.terms is None or now.modes is None or now.loss is None:
-            found.texts["forecast"] = self._no_forecast(now)
-            if forecaster is not None:
-                forecaster.forget()  # the rates handed over next time begin at this step
-            return
-        made = forecaster.last
-        dynamics, reason, unscored = None, "", ""
-        try:
-            dynamics = forecaster.renew(now.loss, state, now.terms, clip=now.clip is not None)
-        except ForecastUnavailableError as error:
-            reason = str(error)
-        targets = self._probe.targets
-        if made is not None:
-            happened = Happened(now.rates, now.terms.gradient, now.clip)
-            try:
-                judged = scored(made, forecaster.rows(made.dynamics), dynamics, now.loss, targets, happened)
-            except ForecastUnavailableError as error:
-                unscored = f"; the previous one is not scored: {error}"
-            else:
-                _write(judged, found)
-        if dynamics is None:
-            found.texts["forecast"] = reason + unscored
-            return
-        found.texts["forecast"] = (
-            f"from {dynamics.driving} training samples and the kernel of this step, {state.name}{unscored}"
-        )
+        """Score the forecast of the previous probe, then make the next when it is due."""
+        self._score(now, found)
+        if self._recipe.every_n_steps is None and self._step is not None:
+            self._interval = now.step - self._step
+        self._step = now.step
         self._since += 1
-        if self._since >= self._recipe.forecast_every > 0:
-            self._ahead(now, found, state, dynamics, named)
+        if reason := self._none(now, state):
+            found.texts["forecast"] = reason
+        elif self._since >= self._recipe.forecast_every > 0 and state is not None and now.loss is not None:
             self._since = 0
+            self._made = self._walk(now, found, state, now.loss)
+            self._ahead(now, found, state, named)
 
-    def _ahead(
-        self, now: Now, found: Outlook, state: OptimizerState, dynamics: Dynamics, named: Sequence[Direction]
-    ) -> None:
+    def _score(self, now: Now, found: Outlook) -> None:
+        made, self._made = self._made, None
+        if made is None or self._step is None or now.loss is None:
+            return
+        try:
+            steps = now.step - self._step
+            judged = scored(self._model, made, steps, self._probe, now.loss, now.predictions, self._recipe)
+        except NoForecastError as error:
+            found.texts["forecast_score"] = str(error)
+            return
+        _write(judged, found)
+
+    def _walk(self, now: Now, found: Outlook, state: OptimizerState, loss: Loss) -> Path | None:
+        if self._interval is None:
+            found.texts["forecast_score"] = "the first interval between probes is not known beforehand"
+            return None
+        assert now.reference is not None
+        steps = min(self._interval, horizon(now.step, now.total_steps))
+        try:
+            made = walked(
+                self._model,
+                now.optimizers[0],
+                self._probe,
+                now.reference,
+                loss,
+                self._recipe,
+                start=now.predictions,
+                rates=coming(steps, state, now.rates_ahead),
+                clip=now.clip,
+                seconds=max(1.0, _PRICE * now.cost),
+                population=now.population,
+            )
+        except (NoForecastError, NTKMonitorError) as error:
+            found.texts["forecast"] = said(error, kind=False)
+            return None
+        found.texts["forecast"] = f"from the tangent at this step, {made.reference} training samples and {state.name}"
+        return made
+
+    def _ahead(self, now: Now, found: Outlook, state: OptimizerState, named: Sequence[Direction]) -> None:
         """Simulate to the end of the run: when is each mode and each direction learned, and where the loss goes."""
         steps = horizon(now.step, now.total_steps)
-        if self._forecaster is None or not steps or now.modes is None or now.terms is None or now.loss is None:
+        if not steps or now.modes is None or now.terms is None or now.loss is None or now.reference is None:
+            found.texts.setdefault("ahead", "none: it needs the residual's modes and steps to come")
+            return
+        try:
+            dynamics, rows = linearised(self._model, self._probe, now, state, self._recipe)
+        except (NoForecastError, NTKMonitorError) as error:
+            found.texts["ahead"] = said(error, kind=False)
             return
         projections = {"modes": now.modes.vectors.T}
         if named:
             projections["directions"] = matrix(named)
         rates = coming(steps, state, now.rates_ahead)
-        seen = learned(
-            dynamics, self._forecaster.rows(dynamics), now.loss, self._probe.targets, projections, rates, now.clip
-        )
+        seen = learned(dynamics, rows, now.loss, self._probe.targets, projections, rates, now.clip)
+        found.texts["ahead"] = f"from the kernel of this step, {dynamics.driving} training samples and {state.name}"
         times = seen.times["modes"]
         at, loss = ticks(seen.steps, seen.loss)
         found.arrays |= {"time_to_learn": times, "forecast_steps": at + now.step, "forecast_loss": loss}
@@ -91,28 +110,22 @@ class Foresight:
             share = residual_out_of_reach(now.modes.coordinates**2, times, float(steps))
             found.metrics["residual_out_of_reach"] = share
 
-    def _new_forecaster(self, now: Now) -> Forecaster | None:
-        if now.reference is None or self._recipe.reference == 0 or now.layout != "full":
-            return None
-        return Forecaster(self._model, self._probe, now.reference, self._recipe)
-
-    def _no_forecast(self, now: Now) -> str:
-        if now.layout != "full":
-            return f"none: it needs the full kernel, and this is the {now.layout} kernel"
+    def _none(self, now: Now, state: OptimizerState | None) -> str:
+        """Return why there can be no forecast at all; empty when there can."""
+        if state is None or now.loss is None or self._probe.targets is None:
+            return "none: it takes a known loss, targets and an optimizer"
         if now.reference is None or self._recipe.reference == 0:
             return "none: a probe alone forecasts wrongly; it takes training samples that can be drawn (reference=)"
-        return "none: it takes a known loss and an optimizer"
-
-
-# A forecast that diverged missed by infinitely much, which no record can hold.
-_WORST = 100.0
+        if len(now.optimizers) > 1:
+            return "none: several optimizers take turns"
+        return ""
 
 
 def _write(judged: Scored, found: Outlook) -> None:
     verdict = judged.forecast
     found.facts["motion"] = verdict.motion
-    found.facts["forecast_error_residual"] = min(verdict.error_residual, _WORST)
-    if not verdict.suppressed:
-        found.facts["forecast_error"] = min(verdict.error, _WORST)
+    found.facts["forecast_error_residual"] = verdict.error_residual
+    if not verdict.suppressed and np.isfinite(verdict.error):
+        found.facts["forecast_error"] = verdict.error
         if judged.explained is not None:
-            found.facts["explained_error"] = min(judged.explained.error, _WORST)
+            found.facts["explained_error"] = judged.explained.error

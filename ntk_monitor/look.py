@@ -59,6 +59,8 @@ class Now:
     total_steps: int | None = None
     reference: Probe | None = None
     clip: float | None = None
+    cost: float = 0.0
+    """Seconds that the kernel of this probe took."""
     rates: Array = field(default_factory=lambda: np.empty((0, 0)))
     """Learning rates of the steps since the previous probe, (steps, groups); empty when they are not known."""
     rates_ahead: Callable[[int], Array | None] | None = None

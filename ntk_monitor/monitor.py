@@ -247,6 +247,7 @@ class Monitor:
             total_steps=self.total_steps,
             reference=self.reference,
             clip=self.clip,
+            cost=raw.seconds.get("kernel", 0.0),
             rates=_table(rates),
             rates_ahead=self.rates_ahead,
         )

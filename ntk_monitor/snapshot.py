@@ -246,6 +246,8 @@ TEXTS: dict[str, str] = {
     "optimizer": "class of the optimizer, e.g. AdamW",
     "stability": "how sharpness was measured, or why it was not",
     "forecast": "what the forecast rests on, or why there is none",
+    "forecast_score": "why the forecast of the previous probe could not be scored",
+    "ahead": "what the simulation to the end of the run rests on, or why there is none",
     "noise": "how the noise scale was measured, or why it is not resolved",
     "updates": "why the change of the outputs since the previous probe was not taken apart; likewise the next four",
     "layers": "why traces by layer were not measured",

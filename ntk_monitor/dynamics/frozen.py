@@ -28,7 +28,8 @@ from ntk_monitor.network import Forward, Mode, Network
 from ntk_monitor.shadow import unwrapped
 
 DENSE = 2**27
-"""Numbers of a Jacobian that is kept (1 GiB); beyond it every step costs two products instead."""
+"""Numbers of a Jacobian that is kept (1 GiB), where it has fewer rows than the products of all steps would cost passes.
+"""
 
 
 def frozen(  # noqa: PLR0913 - the doors of dynamics take the same things
@@ -61,17 +62,24 @@ def frozen(  # noqa: PLR0913 - the doors of dynamics take the same things
     Raises:
         InputError: rates that do not fit, or an optimizer that cannot be copied or run on the copy.
 
-    Cost: R backward passes for J, once, and 2 R·P multiply-adds for each step; where J has more than `DENSE` numbers,
-    two passes over the batch for each step instead. Memory: J, three copies of the parameters and the state.
+    Cost: two passes over the batch for each step; or, where that is cheaper and J has at most `DENSE` numbers, R
+    backward passes for J, once, and 2 R·P multiply-adds for each step. Memory: J, three copies of the parameters and
+    the state.
     """
     view = Scene(module, driving, riding, None, forward, mode or natural_mode(module), seed)
     return frozen_path(view, optimizer, loss, rates, clip=clip)[0]
 
 
 def frozen_path(
-    scene: Scene, optimizer: Optimizer, loss: Any, rates: Float64[Tensor, "t g"], *, clip: float | None = None
+    scene: Scene,
+    optimizer: Optimizer,
+    loss: Any,
+    rates: Float64[Tensor, "t g"],
+    *,
+    clip: float | None = None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what `frozen` returns, and θ - θ₀ at the end by parameter name."""
+    """Return what `frozen` returns, and θ - θ₀ at the end by parameter name; ends early once `enough` says so."""
     groups = len(optimizer.param_groups)
     if rates.dim() != 2 or rates.shape[1] != groups:
         raise InputError(f"wanted rates (steps, {groups} groups), got {tuple(rates.shape)}")
@@ -81,7 +89,7 @@ def frozen_path(
     with environment(scene.seed):
         batch = joined(x, riding)
         network = Network.careful(module, batch, params=scene.params, forward=scene.forward, mode=scene.mode)
-        line = _Line(network, network.prepared(batch), module, scene.seed)
+        line = _Line(network, network.prepared(batch), module, scene.seed, len(rates))
         twin = _Twin(module, optimizer, list(network.parameters), clip)
         start = line.outputs
         path = start.new_empty(len(rates) + 1, *start.shape)
@@ -103,17 +111,21 @@ def frozen_path(
             here = now if twin.searches else partial(path.__getitem__, t)
             twin.step(lrs, partial(gradients, here), partial(value, here))
             path[t + 1] = now()
+            if enough():
+                path = path[: t + 2]
+                break
     return path, dict(zip(network.parameters, twin.moved(), strict=True))
 
 
 class _Line:
     """J of all samples, dense where it is small; inside `environment`."""
 
-    def __init__(self, network: Network, batch: Batch, module: nn.Module, seed: int) -> None:
+    def __init__(self, network: Network, batch: Batch, module: nn.Module, seed: int, steps: int) -> None:
         self._parameters = list(network.parameters.values())
         self._graph = network.outputs(batch)
         self._dense: Tensor | None = None
-        if self._graph.numel() * network.parameter_count <= DENSE:
+        rows = self._graph.numel()
+        if rows <= 2 * steps and rows * network.parameter_count <= DENSE:
             jacobian = RowsJacobian(network, batch)
             block = jacobian.block(slice(0, jacobian.samples))
             self._dense = torch.cat([b.flatten(0, 1).cpu().double() for b in block.values()], 1)
