@@ -185,6 +185,8 @@ def _stability(measured: Sequence[Snapshot]) -> Iterator[Row]:
     batches = f"batches of {batch:.0f}" if math.isfinite(batch) else "small batches"
     if high < 1:
         meaning = f"Above the bound of {optimizer} even for full-batch steps there: the loss should rise or jump."
+    elif low >= high:
+        meaning = f"The tightest moment: full-batch steps of {optimizer} become unstable there, with nothing to spare."
     elif low < 1:
         meaning = (
             f"The tightest moment. Noise of {batches} may unsettle steps there, full-batch steps would be stable: many "
@@ -201,7 +203,8 @@ def _stability(measured: Sequence[Snapshot]) -> Iterator[Row]:
         meaning += f" At step {last.step}, with the learning rate of then: {' to '.join(ends)}."
     bias = at.facts.get("sharpness_bias", math.nan)
     small = f" With {_plural(at.samples, 'probe sample')} it reads about {bias:.0%} too strict." if bias >= 0.05 else ""
-    value = f"could be multiplied by {_short(low)} to {_short(high)} at step {at.step}"
+    factor = f"{_short(low)} to {_short(high)}" if low < high else _short(high)
+    value = f"could be multiplied by {factor} at step {at.step}"
     yield Row("learning rate", value, meaning + small)
 
 
@@ -232,7 +235,7 @@ def _forecast(measured: Sequence[Snapshot]) -> Iterator[Row]:
         yield Row("loss forecast", f"{_short(target)} {end}", meaning)
     elif last.texts.get("forecast", "").startswith("from "):
         yield Row("loss forecast", "none", "No simulation from a kernel of this run reached the run's end.")
-    elif reason := last.texts.get("forecast", ""):
+    elif reason := last.texts.get("ahead", last.texts.get("forecast", "")):
         yield Row("loss forecast", "none", f"{_sentence(reason.removeprefix('none: '))}.")
     yield from _trust(measured)
 
