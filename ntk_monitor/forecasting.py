@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ntk_monitor.batch import joined, take
+from ntk_monitor.batch import take
 from ntk_monitor.dynamics.flow import Learning, residual_of, times_to_learn
 from ntk_monitor.dynamics.linearise import coupled, linearise
 from ntk_monitor.dynamics.model import Dynamics
@@ -22,7 +22,7 @@ from ntk_monitor.losses import Loss
 from ntk_monitor.optimizers import OptimizerState
 from ntk_monitor.probe import Probe
 from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
-from ntk_monitor.walk import NoForecastError, everything
+from ntk_monitor.walk import NoForecastError, driven, everything
 
 Array = NDArray[np.float64]
 
@@ -51,18 +51,20 @@ def linearised(
         raise NoForecastError(state.reason)
     if coupled(model):
         raise NoForecastError("BatchNorm couples the samples, whose joint kernel is too expensive for every probe")
-    if now.reference is None or now.terms is None or now.loss is None:
-        raise NoForecastError("it takes training samples, targets and a known loss")
-    samples = _affordable(model, now, probe, recipe)
-    whole = samples == now.reference.samples and everything(probe, now.reference, now.population)
-    x, y = (take(t, slice(0, samples)) for t in (now.reference.inputs, now.reference.targets))
-    driving = (joined(probe.inputs, x), joined(probe.targets, y)) if whole else (x, y)
+    if now.loss is None:
+        raise NoForecastError("it takes a known loss")
+    reference, samples = now.reference, _affordable(model, now, probe, recipe)
+    whole = everything(probe, reference, now.population) and (reference is None or samples == reference.samples)
+    if reference is not None:
+        inputs, targets = (take(t, slice(0, samples)) for t in (reference.inputs, reference.targets))
+        reference = Probe(inputs, targets)
+    driving, riding = driven(probe, reference, whole=whole)
     dynamics = linearise(
         model,
         state,
         driving,
         now.loss,
-        riding=None if whole else probe.inputs,
+        riding=riding,
         params=recipe.params,
         forward=recipe.forward,
         memory_limit=recipe.memory_limit,
@@ -79,9 +81,7 @@ def _affordable(model: nn.Module, now: Now, probe: Probe, recipe: Recipe) -> int
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     reference = 0 if now.reference is None else now.reference.samples
     samples = int(min(reference, recipe.reference, max(1, _ROWS // outputs)))
-    if samples < 1:
-        raise NoForecastError("there are no training samples beside the probe to drive it")
-    rows, columns = (probe.samples + samples) * outputs, samples * outputs
+    rows, columns = (probe.samples + samples) * outputs, max(samples, probe.samples) * outputs
     if rows * columns * parameters > FULL_KERNEL_PRODUCTS:
         raise NoForecastError(
             f"the kernel of {rows} x {columns} outputs in {parameters:,} parameters is too expensive for every probe; "

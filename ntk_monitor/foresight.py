@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import nn
 
 from ntk_monitor.bands import residual_out_of_reach
@@ -14,10 +13,13 @@ from ntk_monitor.losses import Loss
 from ntk_monitor.optimizers import OptimizerState
 from ntk_monitor.probe import Probe
 from ntk_monitor.recipe import Recipe
-from ntk_monitor.walk import NoForecastError, Path, Scored, scored, walked
+from ntk_monitor.walk import NoForecastError, Path, Scored, everything, scored, walked
 
 # A forecast may cost this many times what the kernel of its probe did, but a second is always allowed.
 _PRICE = 4.0
+
+# A forecast that diverged missed by infinitely much, which no record can hold.
+_WORST = 100.0
 
 
 class Foresight:
@@ -60,7 +62,6 @@ class Foresight:
         if self._interval is None:
             found.texts["forecast_score"] = "the first interval between probes is not known beforehand"
             return None
-        assert now.reference is not None
         steps = min(self._interval, horizon(now.step, now.total_steps))
         try:
             made = walked(
@@ -85,7 +86,7 @@ class Foresight:
     def _ahead(self, now: Now, found: Outlook, state: OptimizerState, named: Sequence[Direction]) -> None:
         """Simulate to the end of the run: when is each mode and each direction learned, and where the loss goes."""
         steps = horizon(now.step, now.total_steps)
-        if not steps or now.modes is None or now.terms is None or now.loss is None or now.reference is None:
+        if not steps or now.modes is None or now.terms is None or now.loss is None:
             found.texts.setdefault("ahead", "none: it needs the residual's modes and steps to come")
             return
         try:
@@ -114,7 +115,7 @@ class Foresight:
         """Return why there can be no forecast at all; empty when there can."""
         if state is None or now.loss is None or self._probe.targets is None:
             return "none: it takes a known loss, targets and an optimizer"
-        if now.reference is None or self._recipe.reference == 0:
+        if self._recipe.reference == 0 or not (now.reference or everything(self._probe, now.reference, now.population)):
             return "none: a probe alone forecasts wrongly; it takes training samples that can be drawn (reference=)"
         if len(now.optimizers) > 1:
             return "none: several optimizers take turns"
@@ -124,8 +125,8 @@ class Foresight:
 def _write(judged: Scored, found: Outlook) -> None:
     verdict = judged.forecast
     found.facts["motion"] = verdict.motion
-    found.facts["forecast_error_residual"] = verdict.error_residual
-    if not verdict.suppressed and np.isfinite(verdict.error):
-        found.facts["forecast_error"] = verdict.error
+    found.facts["forecast_error_residual"] = min(verdict.error_residual, _WORST)
+    if not verdict.suppressed:
+        found.facts["forecast_error"] = min(verdict.error, _WORST)
         if judged.explained is not None:
-            found.facts["explained_error"] = judged.explained.error
+            found.facts["explained_error"] = min(judged.explained.error, _WORST)

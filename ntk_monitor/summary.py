@@ -186,7 +186,7 @@ def _stability(measured: Sequence[Snapshot]) -> Iterator[Row]:
     if high < 1:
         meaning = f"Above the bound of {optimizer} even for full-batch steps there: the loss should rise or jump."
     elif low >= high:
-        meaning = f"The tightest moment: full-batch steps of {optimizer} become unstable there, with nothing to spare."
+        meaning = f"The tightest moment: full-batch steps of {optimizer} become unstable at that factor."
     elif low < 1:
         meaning = (
             f"The tightest moment. Noise of {batches} may unsettle steps there, full-batch steps would be stable: many "
@@ -199,7 +199,7 @@ def _stability(measured: Sequence[Snapshot]) -> Iterator[Row]:
         )
     if at is not known[-1]:
         last = known[-1]
-        ends = (_short(last.metrics[f"lr_headroom_{end}"]) for end in ("low", "high"))
+        ends = dict.fromkeys(_short(last.metrics[f"lr_headroom_{end}"]) for end in ("low", "high"))
         meaning += f" At step {last.step}, with the learning rate of then: {' to '.join(ends)}."
     bias = at.facts.get("sharpness_bias", math.nan)
     small = f" With {_plural(at.samples, 'probe sample')} it reads about {bias:.0%} too strict." if bias >= 0.05 else ""

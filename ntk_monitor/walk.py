@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ntk_monitor.batch import joined
+from ntk_monitor.batch import Batch, joined
 from ntk_monitor.dynamics.ahead import Scene
 from ntk_monitor.dynamics.frozen import frozen_path
 from ntk_monitor.dynamics.linearise import natural_mode
@@ -69,7 +69,7 @@ def walked(  # noqa: PLR0913 - what moves, on what, driven by what, how far, at 
     model: nn.Module,
     optimizer: Optimizer,
     probe: Probe,
-    reference: Probe,
+    reference: Probe | None,
     loss: Loss,
     recipe: Recipe,
     *,
@@ -85,7 +85,7 @@ def walked(  # noqa: PLR0913 - what moves, on what, driven by what, how far, at 
         model: the live module, only read.
         optimizer: of the run; copied.
         probe: whose outputs are forecast; rides along.
-        reference: training samples that drive.
+        reference: training samples that drive; None: the probe is all of the training set.
         loss: of the run.
         recipe: parameters, forward, seed.
         start: outputs of the probe in evaluation mode.
@@ -99,16 +99,17 @@ def walked(  # noqa: PLR0913 - what moves, on what, driven by what, how far, at 
         InputError: the optimizer cannot be copied, or batches that do not fit each other.
         NetworkError: the network has no products with its Jacobian.
     """
-    samples = reference.samples + probe.samples
+    others = 0 if reference is None else reference.samples
+    samples = others + probe.samples
     steps = min(len(rates), _LONGEST)
     if (steps + 1) * samples * start[0].numel() * 8 > _PATH_BYTES:
         raise NoForecastError(f"the outputs of {samples} samples at {steps} steps are too many to follow")
     whole = everything(probe, reference, population)
-    x, y = reference.inputs, reference.targets
+    driving, riding = driven(probe, reference, whole=whole)
     scene = Scene(
         model,
-        (joined(probe.inputs, x), joined(probe.targets, y)) if whole else (x, y),
-        None if whole else probe.inputs,
+        driving,
+        riding,
         recipe.params,
         recipe.forward,
         natural_mode(model),
@@ -123,13 +124,28 @@ def walked(  # noqa: PLR0913 - what moves, on what, driven by what, how far, at 
         clip=clip,
         enough=lambda: time.perf_counter() > end,
     )
-    rows = slice(0, probe.samples) if whole else slice(reference.samples, None)
-    return Path(path[:, rows] - path[:1, rows], start, moved, samples if whole else reference.samples)
+    rows = slice(0, probe.samples) if whole else slice(others, None)
+    return Path(path[:, rows] - path[:1, rows], start, moved, samples if whole else others)
 
 
-def everything(probe: Probe, reference: Probe, population: int | None) -> bool:
+def everything(probe: Probe, reference: Probe | None, population: int | None) -> bool:
     """True when probe and reference, both drawn from the training set, are all of it."""
-    return bool(probe.indices) and population is not None and len(probe.indices) + reference.samples >= population
+    others = 0 if reference is None else reference.samples
+    return bool(probe.indices) and population is not None and len(probe.indices) + others >= population
+
+
+def driven(probe: Probe, reference: Probe | None, *, whole: bool) -> tuple[tuple[Batch, Any], Batch | None]:
+    """Return the samples that drive, with their targets, and the inputs of those that ride along.
+
+    Raises:
+        NoForecastError: there are no samples to drive.
+    """
+    if reference is None:
+        if not whole:
+            raise NoForecastError("there are no training samples beside the probe to drive a forecast")
+        return (probe.inputs, probe.targets), None
+    x, y = reference.inputs, reference.targets
+    return ((joined(probe.inputs, x), joined(probe.targets, y)), None) if whole else ((x, y), probe.inputs)
 
 
 def scored(  # noqa: PLR0913 - a forecast, and all that it is compared with
