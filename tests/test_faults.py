@@ -41,7 +41,6 @@ STAGES = [
     "ntk_monitor.monitor.measured",
     "ntk_monitor.monitor.Spectrum.of",
     "ntk_monitor.monitor.Modes.of",
-    "ntk_monitor.monitor.alignment",
     "ntk_monitor.outlook.Watch.look",
     "ntk_monitor.monitor.Monitor.finish",
     "ntk_monitor.monitor.Monitor.observe",

@@ -11,7 +11,7 @@ from ntk_monitor.dynamics.layers import layer, layer_traces
 from ntk_monitor.dynamics.updates import blocks
 from ntk_monitor.harmless import Fingerprint
 
-PASSES = 400
+PASSES = 200
 
 
 def mlp() -> nn.Module:
