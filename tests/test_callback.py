@@ -533,7 +533,7 @@ def test_a_look_that_changes_the_run_is_the_last(tmp_path: Path, monkeypatch: py
 
 
 def test_the_monitor_knows_the_run_it_is_in(tmp_path: Path) -> None:
-    callback = NTKMonitor(probe=8, every_n_steps=4, reference=20)
+    callback = NTKMonitor(probe=8, every_n_steps=6, reference=20)  # the first look is at step 6
     fit(tmp_path, callback, accumulate_grad_batches=2, gradient_clip_val=0.7)
     monitor, last = callback.monitor, callback.last
     assert monitor is not None
