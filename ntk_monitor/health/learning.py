@@ -105,6 +105,7 @@ def edge_of_stability(run: Run, t: Thresholds) -> Sign | None:
     _COHEN,
     low=1.0,
     far=0.25,
+    loss=0.67,
     probes=3,
 )
 def lr_in_noise(run: Run, t: Thresholds) -> Sign | None:
@@ -115,7 +116,7 @@ def lr_in_noise(run: Run, t: Thresholds) -> Sign | None:
     if len(later) > t["probes"] and np.median(later) < t["far"]:
         factor = short(1 / max(float(np.median(later)), _LEAST))
         return Sign(
-            "warning",
+            "info" if run.loss_ratio() < t["loss"] else "warning",  # what learns well is not to be disturbed
             headroom.span(),
             f"the learning rate was {factor} times the small-batch bound (median of the last two thirds of probes)",
             "Noise of the batches is amplified at every step: the loss stays above what it could reach.",
