@@ -16,9 +16,9 @@ def named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-def apart(name: str, folder: Path) -> Outcome:
+def apart(name: str, folder: Path, seed: int = 0) -> Outcome:
     """Run one case in its own process, on one thread."""
-    command = [sys.executable, "-m", "tests.audit", "--here", "--only", name, "--out", str(folder)]
+    command = [sys.executable, "-m", "tests.audit", "--here", "--only", name, "--out", str(folder), "--seed", str(seed)]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )

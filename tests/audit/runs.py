@@ -108,8 +108,8 @@ class Outcome:
         return not self.found("error") and len(self.found("warning")) <= 1
 
 
-def run(case: Case, folder: Path) -> Outcome:
-    """Train the case from a fixed seed with its record in `folder`, and judge it.
+def run(case: Case, folder: Path, seed: int = 0) -> Outcome:
+    """Train the case from this seed with its record in `folder`, and judge it.
 
     A training run that raises is part of the answer: `Outcome.error` holds the traceback.
     """
@@ -121,7 +121,7 @@ def run(case: Case, folder: Path) -> Outcome:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            _train(case, folder, outcome)
+            _train(case, folder, outcome, seed)
         outcome.warnings = [str(w.message) for w in caught if issubclass(w.category, NTKWarning)]
     except Exception:  # noqa: BLE001 - a run that broke is shown among the others
         outcome.error = traceback.format_exc()
@@ -130,8 +130,8 @@ def run(case: Case, folder: Path) -> Outcome:
     return outcome
 
 
-def _train(case: Case, folder: Path, outcome: Outcome) -> None:
-    seeded()
+def _train(case: Case, folder: Path, outcome: Outcome, seed: int) -> None:
+    seeded(seed)
     job = case.make()
     outcome.steps = job.steps
     monitor = NTKMonitor(every_n_steps=max(1, job.steps // job.probes), log_dir=str(folder))
