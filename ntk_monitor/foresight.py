@@ -42,9 +42,9 @@ class Foresight:
         if reason := self._none(now, state):
             found.texts["forecast"] = reason
         elif self._since >= self._recipe.forecast_every > 0 and state is not None and now.loss is not None:
-            self._since = 0
             self._made = self._walk(now, found, state, now.loss)
             self._ahead(now, found, state, named)
+            self._since = 0
 
     def _score(self, now: Now, found: Outlook) -> None:
         made, self._made = self._made, None

@@ -166,7 +166,9 @@ ARRAYS: dict[str, Stored] = {
     ),
     "forecast_loss": Stored(("tick",), "loss units", "loss on the probe, forecast from this probe's kernel"),
     "layer_trace": Stored(
-        ("layer",), "squared output units", "trace of each layer's own kernel; they sum to the trace"
+        ("layer",),
+        "squared output units",
+        "trace of each layer's own training operator, estimated; without BatchNorm they sum to the trace",
     ),
     "layer_share": Stored(
         ("layer",), "fraction", "share of the layers in the trace of lr J D J^T, D the optimizer's preconditioner"
@@ -216,7 +218,6 @@ FACTS: dict[str, str] = {
     "forecast_error_residual": "the same relative to the residual, fraction",
     "explained_error": "error of the same simulation with the mean of both kernels, relative to the motion, fraction",
     "buffers_change": "change of the outputs by buffers alone since the previous probe, relative to the motion",
-    "first_loss": "loss on the probe at the first probe of the run, loss units",
     "loss_remaining": "forecast loss at the planned end of the run, loss units",
     "noise_scale_bound": "lower bound of the noise scale where it is not resolved, samples",
     "k90": "modes of K that hold nine tenths of the centred targets' energy, modes",
@@ -235,7 +236,6 @@ FACTS: dict[str, str] = {
     "top_share": "largest eigenvalue over the trace of K, fraction",
     "uncovered": "trainable parameters that no optimizer updates, parameters",
     "frozen": "parameters without requires_grad, parameters",
-    "dead_layers": "layers whose kernel is exactly zero although their parameters have moved or never could, layers",
     "accuracy": "share of probe samples whose largest output is their class, fraction",
     "train_loss": "mean of the losses the trainer returned since the previous probe, loss units",
     "sample_loo": "leave-one-sample-out error of kernel regression on the probe relative to predicting the mean",

@@ -60,7 +60,6 @@ def _probe(k: int) -> Snapshot:
             "total_steps": EVERY * PROBES,
             "sharpness_bias": 0.1,
             "train_loss": 1.1 * loss if k else np.nan,
-            "first_loss": 1.1,
             "forecast_error": 0.2,
             "explained_error": 0.1,
             "label_energy": 0.5,
