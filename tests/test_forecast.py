@@ -291,3 +291,29 @@ def test_long_horizons_agree_with_step_by_step() -> None:
     assert fast.loss[-1] == pytest.approx(slow.loss[-1], rel=1e-2)
     assert len(fast.steps) < 500
     assert fast.reached == 2500
+
+
+class _Force(nn.Module):
+    """Minus the gradient of an energy: its forward takes gradients itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return -slope
+
+
+def test_a_forward_that_differentiates_is_forecast() -> None:
+    torch.manual_seed(0)
+    model, x = _Force().double(), torch.randn(12, 2, dtype=torch.float64)
+    y, optimizer = torch.sin(x), torch.optim.SGD(model.parameters(), lr=0.01)
+    found = forecast(model, optimizer, (x, y), "mse", steps=5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    assert found.trust.reliable, found.trust.reasons
+    assert float(found.loss[-1]) == pytest.approx(float(F.mse_loss(model(x), y).detach()), rel=1e-3)

@@ -98,7 +98,7 @@ class Scene:
 
     def outputs(self, module: nn.Module) -> Tensor:
         """Return the outputs (S, C...) of driving and riding samples by this module, in float64 on the CPU."""
-        with environment(self.seed), torch.no_grad():
+        with environment(self.seed):  # with gradients: a forward may take some itself
             batch = joined(self.driving[0], self.riding)
             network = Network.careful(module, batch, forward=self.forward, mode=self.mode)
             return network.raw(network.prepared(batch)).detach().cpu().double()
