@@ -1,6 +1,6 @@
 """Train a small network on real data and watch its kernel.
 
-A convolutional network learns scikit-learn's handwritten digits for about half
+A convolutional network learns scikit-learn's handwritten digits for about
 a minute while NTKMonitor measures its tangent kernel. Ends with a table in
 plain words, the figures as PNG files and the TensorBoard command.
 """
