@@ -24,7 +24,7 @@ from ntk_monitor.engines.structured.tap import UnfollowedError
 from ntk_monitor.errors import InputError, NetworkError, NTKMonitorError, said
 from ntk_monitor.guard import undisturbed
 from ntk_monitor.losses import recognised
-from ntk_monitor.network import Forward, Mode, Network, Selection, call, only_tensor
+from ntk_monitor.network import Forward, Mode, Network, Selection, call, layer, only_tensor
 from ntk_monitor.selfcheck import disagreement, structured_disagreement
 
 Outputs: TypeAlias = Literal["full", "trace", "sum", "per_output", "loss"]
@@ -166,7 +166,7 @@ def measured(  # noqa: PLR0913 - the same door
             batches,
             layout,
             _scale(network, preconditioner),
-            group or (_layer if by_layer else _whole),
+            group or (layer if by_layer else _whole),
             memory_limit or MEMORY_LIMIT,
             torch.float64 if network.dtype == torch.float64 else work,
             preconditioner,
@@ -353,11 +353,6 @@ def _headed(forward: Forward | None, outputs: str, loss: Any) -> Forward:
 
 def _whole(_: str) -> str:
     return ""
-
-
-def _layer(parameter: str) -> str:
-    """Return the module a parameter belongs to; a loose parameter of the root stands for itself."""
-    return parameter.rpartition(".")[0] or parameter
 
 
 def _scale(network: Network, preconditioner: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -358,3 +358,8 @@ def _heard(message: str) -> Iterator[list[str]]:
     for w in caught:
         if not str(w.message).startswith(message):
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
+
+
+def layer(parameter: str) -> str:
+    """Return the module a parameter belongs to; a loose parameter of the root stands for itself."""
+    return parameter.rpartition(".")[0] or parameter

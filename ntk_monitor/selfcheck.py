@@ -10,7 +10,7 @@ from ntk_monitor.batch import Batch, size
 from ntk_monitor.engines.contract import Jacobian
 from ntk_monitor.engines.rows import RowsJacobian, real_part
 from ntk_monitor.engines.structured.engine import Line, structured_gram
-from ntk_monitor.network import Network
+from ntk_monitor.network import Network, layer
 
 # Two orders of summation of the same float32 gradient differ by about 1e-5; a missed use of a parameter by about 1e-1.
 _TOLERANCE = {4: 1e-3, 8: 1e-7}
@@ -107,12 +107,12 @@ def _worst_pair(
 
 def _worst_form(network: Network, inputs: Batch, other: Batch | None) -> tuple[float, str]:
     """Compare rᵀ K s by layer, as a layer's biases may be multiplied together with its weights."""
-    kernels, _ = structured_gram(network, inputs, other, "trace", group=_layer, scale={})
+    kernels, _ = structured_gram(network, inputs, other, "trace", group=layer, scale={})
     r, g = _weighted(network, inputs)
     s, h = (r, g) if other is None else _weighted(network, other)
     wanted = dict.fromkeys(kernels, 0.0)
     for name in g:
-        wanted[_layer(name)] += float(g[name].double() @ h[name].double())
+        wanted[layer(name)] += float(g[name].double() @ h[name].double())
     found = {name: float(r @ kernel @ s) for name, kernel in kernels.items()}
     # Without the signs: what the rounding of the entries adds up to, and of the two gradients.
     left, right = (math.sqrt(sum(float(v.double().square().sum()) for v in part.values())) for part in (g, h))
@@ -135,10 +135,6 @@ def _weighted(network: Network, inputs: Batch) -> tuple[Tensor, dict[str, Tensor
         name: real_part(torch.zeros_like(p) if g is None else g.to_dense())
         for (name, p), g in zip(network.parameters.items(), gradients, strict=True)
     }
-
-
-def _layer(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
 
 
 def _error(found: float, wanted: float, whole: float) -> float:

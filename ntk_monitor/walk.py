@@ -24,7 +24,7 @@ from ntk_monitor.dynamics.frozen import frozen_path
 from ntk_monitor.dynamics.linearise import natural_mode
 from ntk_monitor.dynamics.objective import loss_gradient
 from ntk_monitor.dynamics.verdict import Verdict, verdict
-from ntk_monitor.engines.products import Products, cheaper, environment, real
+from ntk_monitor.engines.products import Products, environment, real, routes
 from ntk_monitor.losses import Loss
 from ntk_monitor.network import Network
 from ntk_monitor.probe import Probe
@@ -187,11 +187,9 @@ def scored(  # noqa: PLR0913 - a forecast, and all that it is compared with
 
 def _pushed(model: nn.Module, probe: Probe, moved: Mapping[str, Tensor], recipe: Recipe) -> Tensor:
     """Return J Δθ (N·C,) on the probe, J at the present weights."""
-    first = cheaper(model)
     options: dict[str, Any] = {"params": recipe.params, "forward": recipe.forward, "mode": natural_mode(model)}
     with environment(recipe.seed):
         network = Network.careful(model, probe.inputs, **options)
-        routes = [first, "vjp+jvp" if first == "double-vjp" else "double-vjp"]
-        products = Products(network, network.prepared(probe.inputs), routes, recipe.seed)  # type: ignore[arg-type]
+        products = Products(network, network.prepared(probe.inputs), routes(model), recipe.seed)
         u = [moved[name].to(p.detach()) for name, p in network.parameters.items()]
         return real(products.push(u)).cpu()

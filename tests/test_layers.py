@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ntk_monitor.dynamics.layers import layer, layer_traces
+from ntk_monitor.dynamics.layers import layer_traces
 from ntk_monitor.dynamics.updates import blocks
 from ntk_monitor.harmless import Fingerprint
+from ntk_monitor.network import layer
 
 PASSES = 200
 

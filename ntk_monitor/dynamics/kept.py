@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk_monitor.batch import Batch, owned
-from ntk_monitor.engines.products import Products, Route, cheaper, environment
+from ntk_monitor.engines.products import Products, environment, routes
 from ntk_monitor.errors import InputError
 from ntk_monitor.guard import seeded
 from ntk_monitor.network import Forward, Mode, Network, Selection
@@ -167,13 +167,6 @@ def change(  # noqa: PLR0913 - options of a Network, by keyword
             live = Network.careful(module, batch, params=list(start), forward=forward, mode=mode, device=device)
             latest_buffers = _outputs(live, dict(live.parameters), live.prepared(batch), seed)
     return Change(before, after, latest_buffers, parts, products.passes + 3)
-
-
-def routes(module: nn.Module) -> list[Route]:
-    """Return both routes to J u, the cheaper one for this module's layers first."""
-    both: list[Route] = ["double-vjp", "vjp+jvp"]
-    first = cheaper(module)
-    return sorted(both, key=lambda route: route != first)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ntk_monitor.batch import Batch, owned
 from ntk_monitor.engines.products import environment
-from ntk_monitor.network import Forward, Mode, Network, Selection
+from ntk_monitor.network import Forward, Mode, Network, Selection, layer
 
 Array = NDArray[np.float64]
 
@@ -34,11 +34,6 @@ class LayerTraces:
     trace: Array
     share: Array
     radial: Array
-
-
-def layer(parameter: str) -> str:
-    """Return the module a parameter belongs to; a loose parameter of the root stands for itself."""
-    return parameter.rpartition(".")[0] or parameter
 
 
 def layer_traces(  # noqa: PLR0913 - options of a Network, by keyword

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ntk_monitor.batch import Batch, joined, size
 from ntk_monitor.dynamics.model import Dynamics, Part, loss_gradient
-from ntk_monitor.engines.products import Products, cheaper, environment, real
+from ntk_monitor.engines.products import Products, environment, real, routes
 from ntk_monitor.engines.rows import RowsJacobian
 from ntk_monitor.errors import InputError, NetworkError
 from ntk_monitor.kernel import Engine, measured
@@ -205,9 +205,8 @@ def pusher(
 
     Two passes over the batch for each product, or, where no second derivative exists, one for each row.
     """
-    first = cheaper(module)
     with contextlib.suppress(NetworkError):
-        products = Products(network, batch, [first, "vjp+jvp" if first == "double-vjp" else "double-vjp"], seed)
+        products = Products(network, batch, routes(module), seed)
         return products.raw.cpu().double(), lambda u: real(products.push(u)).cpu()
     jacobian, names = RowsJacobian(network, batch), list(network.parameters)
     outputs = network.raw(batch).detach().cpu().double()

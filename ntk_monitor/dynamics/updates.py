@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ntk_monitor.batch import Batch
 from ntk_monitor.dynamics.kept import Kept, change
-from ntk_monitor.dynamics.layers import layer
 from ntk_monitor.dynamics.verdict import Linearisation, linearisation
 from ntk_monitor.errors import InputError
-from ntk_monitor.network import Forward, Mode
+from ntk_monitor.network import Forward, Mode, layer
 
 Array = NDArray[np.float64]
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ntk_monitor.batch import Batch, owned
-from ntk_monitor.dynamics.layers import layer
 from ntk_monitor.engines.products import environment
 from ntk_monitor.guard import seeded
-from ntk_monitor.network import Forward, Mode, Network, Selection
+from ntk_monitor.network import Forward, Mode, Network, Selection, layer
 
 BEHIND_ZERO = "behind a factor that is still zero"
 TAKEN_OUT = "a norm or a softmax takes this bias out again"

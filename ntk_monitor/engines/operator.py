@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ntk_monitor.batch import Batch, owned, size
 from ntk_monitor.engines.curvature import Root, root_of
 from ntk_monitor.engines.lanczos import leading
-from ntk_monitor.engines.products import Products, Route, Weights, cheaper, environment, real
+from ntk_monitor.engines.products import Products, Route, Weights, environment, real, routes
 from ntk_monitor.errors import InputError, NumericsError
 from ntk_monitor.losses import recognised
 from ntk_monitor.network import Forward, Mode, Network, Selection
@@ -276,13 +276,12 @@ class NTKOperator:
 
 
 def _routes(model: nn.Module, asked: str) -> list[Route]:
-    routes: list[Route] = ["double-vjp", "vjp+jvp"]
+    both = routes(model)
     if asked == "auto":
-        first = cheaper(model)
-        return sorted(routes, key=lambda route: route != first)
-    if asked not in routes:
-        raise InputError(f'route must be "auto" or one of {routes}, got {asked!r}')
-    return [route for route in routes if route == asked]
+        return both
+    if asked not in both:
+        raise InputError(f'route must be "auto" or one of {sorted(both)}, got {asked!r}')
+    return [route for route in both if route == asked]
 
 
 def _diagonal(network: Network, preconditioner: Mapping[str, Tensor] | None) -> list[Tensor]:

@@ -232,3 +232,10 @@ def real(value: Tensor) -> Float[Tensor, " p"]:
     """Return a real double vector of all entries, on the CPU where the device has no doubles."""
     flat = (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).detach().flatten()
     return (flat.cpu() if flat.device.type == "mps" else flat).double()
+
+
+def routes(module: nn.Module) -> list[Route]:
+    """Return both routes to J u, the cheaper one for this module's layers first."""
+    both: list[Route] = ["double-vjp", "vjp+jvp"]
+    first = cheaper(module)
+    return sorted(both, key=lambda route: route != first)
