@@ -4,13 +4,11 @@ A hook asks when, calls what, hands the result on. Inside `fit` nothing of ours 
 warning and a recorded skip.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntk_monitor.callbacks.ahead import (
     clipping,
@@ -29,20 +27,15 @@ from ntk_monitor.callbacks.trainer_data import (
     returned_loss,
     training_outputs,
 )
-from ntk_monitor.errors import LossUnknownError, said
-from ntk_monitor.guard import random_state
-from ntk_monitor.harmless import Fingerprint
-from ntk_monitor.look import Measurement
+from ntk_monitor.errors import said
 from ntk_monitor.losses import candidates, recognised
 from ntk_monitor.matching import Matching
 from ntk_monitor.monitor import Monitor
 from ntk_monitor.probe import Probe, default_samples, from_batch
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.say import say
+from ntk_monitor.session import Session
 from ntk_monitor.snapshot import Snapshot
-
-# After this many failed probes in a row the cause is not going away.
-_PATIENCE = 3
 
 # A probe larger than this is remembered by its indices in a checkpoint and drawn again, rather than stored in it.
 _CHECKPOINT_BYTES = 8 * 2**20
@@ -135,15 +128,17 @@ class NTKMonitor(Base):
         self._reset()
 
     def _reset(self) -> None:
-        self.monitor: Monitor | None = None
-        self.last: Snapshot | None = None
-        self._sink: Sink | None = None
-        self._matching: Matching | None = None
-        self._seen: tuple[Tensor, Tensor] | None = None
-        self._pending: list[Measurement] = []
-        self._failures = 0
-        self._looked = False
-        self._resting = ""
+        self._session = Session(self.recipe)
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The Monitor that measures; None before the probe is known and when the monitor rests."""
+        return self._session.monitor
+
+    @property
+    def last(self) -> Snapshot | None:
+        """The newest Snapshot."""
+        return self._session.last
 
     @property
     def state_key(self) -> str:
@@ -155,46 +150,41 @@ class NTKMonitor(Base):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the probe and measure the weights that training starts from."""
         self._reset()
-        self._guarded(self._start, trainer, pl_module)
+        self._session.guarded(self._start, trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the probe from the first batch if need be, and note what the loss of this batch will be made of."""
-        if self.monitor is None or self._matching is not None:
-            self._guarded(self._look_at, trainer, pl_module, batch)
+        if self.monitor is None or self._session.matching:
+            self._session.guarded(self._look_at, trainer, pl_module, batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Record the learning rates that this step uses; schedulers change them right after it."""
-        if self.monitor is not None and not self._resting:
-            self.monitor.steps, self.monitor.optimizers = trainer.global_step, trainer.optimizers
-            try:
-                self.monitor.observe()
-            except Exception as error:
-                if self.recipe.strict:
-                    raise
-                self._rest(f"{type(error).__name__}: {error}")
+        self._session.observe(trainer.global_step, trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Probe when an optimizer step was taken and the cadence asks for it."""
-        if self._matching is not None:
-            self._guarded(self._compare, trainer, outputs)
+        session = self._session
+        if session.matching:
+            session.guarded(lambda: session.compare(returned_loss(trainer, outputs)))
         if self.monitor is not None:
-            self._guarded(self._note, trainer, outputs, batch)
-        if self.monitor is not None and self.monitor.due(trainer.global_step):
-            self._guarded(self._probe, trainer, pl_module)
+            session.guarded(self._note, trainer, outputs, batch)
+        if session.due(trainer.global_step):
+            session.guarded(session.probe, trainer.global_step, trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the last weights and write what is still waiting."""
-        self._guarded(self._settle)
+        session = self._session
+        session.guarded(session.settle)
         if self.monitor is not None and self.monitor.schedule.last_step != trainer.global_step:
-            self._guarded(self._probe, trainer, pl_module)
-        self._guarded(self._flush)
+            session.guarded(session.probe, trainer.global_step, trainer.current_epoch)
+        session.guarded(session.flush)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what was measured before the run broke."""
-        self._guarded(self._settle)
-        self._guarded(self._flush)
+        self._session.guarded(self._session.settle)
+        self._session.guarded(self._session.flush)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on with the same history: the probe, the last step, the loss."""
@@ -212,65 +202,35 @@ class NTKMonitor(Base):
         """Take over the state of an interrupted run; used at the start of training."""
         self._restored = dict(state_dict)
 
-    # Steps: each may raise, and is only called through `_guarded`.
-
-    def _guarded(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Run one step; what it raises becomes one warning, and the monitor rests."""
-        if self._resting:
-            return
-        start, paid = time.perf_counter(), self._paid()
-        try:
-            # Our own code draws nothing, but loggers and data sets may.
-            with random_state():
-                step(*arguments)
-        except Exception as error:
-            if self.recipe.strict:
-                raise
-            self._rest(f"{type(error).__name__}: {error}")
-        if self.monitor is not None:
-            # Writing, drawing and matching cost time too, and belong to the budget.
-            rest = time.perf_counter() - start - (self._paid() - paid)
-            self.monitor.schedule.pay(max(0.0, rest))
-
-    def _paid(self) -> float:
-        return 0.0 if self.monitor is None else self.monitor.schedule.spent
-
-    def _rest(self, reason: str) -> None:
-        with suppress(Exception):
-            self._settle()  # what was measured is kept
-            if self.last is None and self._sink is not None:  # the history says why it holds nothing else
-                self._sink.write(Snapshot(step=0, wall_time=time.time(), status="skipped", reason=reason))
-        self._resting = reason
-        self.monitor = self._matching = None
-        say(f"the monitor rests for the remainder of this run, training goes on: {reason}")
+    # Steps: each may raise, and is only called through `Session.guarded`.
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sink = Sink(trainer, self.recipe)
-        self._sink.publish({})
-        module = measured_module(pl_module) if self.recipe.forward is None else pl_module
-        probe = self._remembered() or drawn(trainer, module, self._remembered_draw(), self.recipe)
+        self._session.sink = sink = Sink(trainer, self.recipe)
+        sink.publish({})
+        probe = self._remembered() or drawn(trainer, self._measured(pl_module), self._remembered_draw(), self.recipe)
         if probe is not None:
             self._begin(trainer, pl_module, probe)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
-        module = measured_module(pl_module) if self.recipe.forward is None else pl_module
-        self.monitor = Monitor(module, list(trainer.optimizers), probe, recipe=self.recipe)
-        self.monitor.schedule.start()
-        self.monitor.reference = self._reference(trainer, probe)
-        self.monitor.total_steps = self.recipe.total_steps or planned_steps(trainer)
-        self.monitor.rates_ahead = partial(rates_ahead, trainer)
-        self.monitor.clip = clipping(trainer)
-        self.monitor.population = training_samples(trainer)
+        monitor = Monitor(self._measured(pl_module), list(trainer.optimizers), probe, recipe=self.recipe)
+        monitor.reference = self._reference(trainer, probe)
+        monitor.total_steps = self.recipe.total_steps or planned_steps(trainer)
+        monitor.rates_ahead = partial(rates_ahead, trainer)
+        monitor.clip = clipping(trainer)
+        monitor.population = training_samples(trainer)
         if self._restored.get("hash") == probe.hash:
-            self.monitor.schedule.last_step = self._restored["last_step"]
-            self.monitor.probes = self._restored["probes"]
+            monitor.schedule.last_step = self._restored["last_step"]
+            monitor.probes = self._restored["probes"]
         elif self._restored:
             say("this probe is not the one of the interrupted run: its history and this one are not comparable")
         self._restored = {}
-        if self.recipe.loss is None:
-            self._matching = Matching(candidates(pl_module))
-        if self.monitor.due(trainer.global_step):
-            self._probe(trainer, pl_module)
+        session = self._session
+        session.begin(monitor, pl_module, Matching(candidates(pl_module)) if self.recipe.loss is None else None)
+        if session.due(trainer.global_step):
+            session.probe(trainer.global_step, trainer.current_epoch)
+
+    def _measured(self, pl_module: LightningModule) -> nn.Module:
+        return measured_module(pl_module) if self.recipe.forward is None else pl_module
 
     def _reference(self, trainer: Trainer, probe: Probe) -> Probe | None:
         """Draw what drives forecasts; data that cannot be drawn cost the forecasts, not the monitor."""
@@ -297,27 +257,10 @@ class NTKMonitor(Base):
     def _look_at(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self.monitor is None:
             wanted = self._wanted if isinstance(self._wanted, int) else default_samples(1)
-            probe = from_batch(batch, wanted, "the first training batch")
-            self._begin(trainer, pl_module, probe)
-        if self.monitor is not None and self._matching is not None:
-            try:
-                self._seen = training_outputs(trainer, self.monitor.model, batch, self.recipe)
-            except Exception as error:  # noqa: BLE001 - then the loss stays unknown, the kernel does not
-                self._unmatched(f"{type(error).__name__}: {error}")
-
-    def _compare(self, trainer: Trainer, outputs: Any) -> None:
-        matching, seen = self._matching, self._seen
-        if matching is None or self.monitor is None:
-            return
-        self._seen = None
-        value = returned_loss(trainer, outputs)
-        if seen is None or value is None:
-            self._unmatched("training_step returned no loss" if value is None else "the batch has no tensor of targets")
-            return
-        f, y = seen
-        matching.add(f, y, value)
-        if matching.over:
-            self._settle()
+            self._begin(trainer, pl_module, from_batch(batch, wanted, "the first training batch"))
+        monitor = self.monitor
+        if monitor is not None:
+            self._session.expect(lambda: training_outputs(trainer, monitor.model, batch, self.recipe))
 
     def _note(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
         """Remember the size of batches and the losses of training, without waiting for the device."""
@@ -329,84 +272,3 @@ class NTKMonitor(Base):
         value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(value, Tensor) and value.numel() == 1:
             monitor.losses.add(value.detach() * trainer.accumulate_grad_batches)
-
-    def _unmatched(self, reason: str) -> None:
-        if self.monitor is not None:
-            self.monitor.loss_status = f"not verified: {reason}; pass loss="
-        self._matching = None
-        self._release()
-
-    def _settle(self) -> None:
-        """Decide which loss it is, from the evidence so far, and finish the probes that waited for it."""
-        if self._matching is not None and self.monitor is not None:
-            self.monitor.loss = self._matching.match
-            self.monitor.loss_status = self._matching.status
-            self._matching = None
-        self._release()
-
-    def _release(self) -> None:
-        waiting, self._pending = self._pending, []
-        for raw in waiting:
-            self._write(self._finished(raw, fresh=False))
-
-    def _finished(self, raw: Measurement, *, fresh: bool) -> Snapshot:
-        assert self.monitor is not None
-        try:
-            return self.monitor.finish(raw, fresh=fresh)
-        except Exception as error:
-            if self.recipe.strict:
-                raise
-            return self.monitor.skipped(raw.step, error, raw.epoch)
-
-    def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        monitor = self.monitor
-        if monitor is None:
-            return
-        step, epoch = trainer.global_step, trainer.current_epoch
-        check = self.recipe.verify and monitor.probes == 0 and not self._pending
-        before = Fingerprint.of(pl_module) if check else None
-        try:
-            raw = monitor.measure(step, epoch)
-        except LossUnknownError:
-            if self._matching is None:
-                raise
-            return  # a few batches more will tell; the probe stays due
-        except Exception as error:
-            if self.recipe.strict:
-                raise
-            self._settle()  # records must be written in the order of their steps
-            self._write(monitor.skipped(step, error, epoch))
-            self._failures += 1
-            if self._failures == _PATIENCE:
-                self._rest(f"{_PATIENCE} probes in a row failed, the last with {type(error).__name__}: {error}")
-            return
-        finally:
-            self._rest_if_changed(before, pl_module)
-        self._failures = 0
-        if self._matching is not None:
-            self._pending.append(raw)  # which loss it is will be known after a few batches
-        elif not self._resting:
-            self._look(raw, pl_module)
-
-    def _look(self, raw: Measurement, pl_module: LightningModule) -> None:
-        """Finish a probe at the weights of now, and the first time check that this changes nothing either."""
-        before = Fingerprint.of(pl_module) if self.recipe.verify and not self._looked else None
-        self._write(self._finished(raw, fresh=True))
-        self._looked = True
-        self._rest_if_changed(before, pl_module)
-
-    def _rest_if_changed(self, before: Fingerprint | None, pl_module: LightningModule) -> None:
-        changed = before.changes(Fingerprint.of(pl_module)) if before is not None else []
-        if changed:
-            self._rest(f"a probe would change this run ({', '.join(changed[:3])})")
-
-    def _write(self, snapshot: Snapshot) -> None:
-        if self.last is None and snapshot.kernel == "full" and snapshot.modes_reason:
-            say(f"residual modes are off: {snapshot.modes_reason}")
-        self.last = snapshot
-        if self._sink is not None:
-            self._sink.write(snapshot)
-
-    def _flush(self) -> None:
-        if self._sink is not None:
-            self._sink.flush()

@@ -35,7 +35,7 @@ STAGES = [
     "ntk_monitor.callbacks.monitor.candidates",
     "ntk_monitor.callbacks.monitor.training_outputs",
     "ntk_monitor.callbacks.monitor.returned_loss",
-    "ntk_monitor.callbacks.monitor.Fingerprint.of",
+    "ntk_monitor.session.Fingerprint.of",
     "ntk_monitor.monitor.Monitor.measure",
     "ntk_monitor.monitor.Network",
     "ntk_monitor.monitor.measured",

@@ -29,7 +29,7 @@ from ntk_monitor.engines.structured.tap import Operation, UnfollowedError
 from ntk_monitor.engines.structured.units import Unit, units_of
 from ntk_monitor.network import Network
 
-_KEPT_BYTES = 128 * 2**20
+_KEPT_BYTES = 24 * 2**20
 """Inputs of convolutions, laid out as matrices, that are kept from one output to the next."""
 
 _HELD_BYTES = 32 * 2**20
