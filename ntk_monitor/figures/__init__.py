@@ -1,0 +1,15 @@
+"""Every figure once, as a plain plotly dict {"data": [...], "layout": {...}} that json.dumps accepts.
+
+K = J Jᵀ is the unnormalised kernel of n rows, λ₁ ≥ … ≥ λₙ its eigenvalues; M is K weighted by the loss, and the
+residual of the probe has one coordinate along each eigenvector (mode) of M. Skipped probes are left out. A value that
+is not finite, or not positive on a logarithmic axis, becomes None: a gap. `layout["meta"]["tooltip"]` says in one
+sentence what is drawn, for the page to show beside the title. A figure without data carries the reason in its middle.
+"""
+
+from ntk_monitor.figures.gram import gram as gram
+from ntk_monitor.figures.residual import mode_decay as mode_decay
+from ntk_monitor.figures.residual import residual_bands as residual_bands
+from ntk_monitor.figures.scalars import scalars as scalars
+from ntk_monitor.figures.spectrum import spectrum as spectrum
+from ntk_monitor.figures.spectrum import spectrum_over_training as spectrum_over_training
+from ntk_monitor.figures.style import Figure as Figure

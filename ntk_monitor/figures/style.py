@@ -1,0 +1,74 @@
+"""What all figures share: colours, axes, empty figures, and numbers that JSON can hold."""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ntk_monitor.snapshot import Snapshot
+
+Figure = dict[str, Any]
+
+STEPS = "optimizer steps"
+GREY, BLUE, ORANGE = "#7a7a7a", "#2a78c2", "#e07b00"
+BAND_COLOURS = ("#fde08a", "#fdb75e", "#f48849", "#db5c68", "#b83289", "#8b0aa5", "#4c02a1", "#b0b0b0")
+"""Warm and light for fast modes, dark for slow ones, grey for what no training time resolves."""
+MODE_COLOURS = ("#2a78c2", "#e07b00", "#2e9e55", "#c23b3b", "#7d5fb2", "#8a5a44", "#d45fa5", "#17a2b8")
+DIVERGING = [[0.0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1.0, "#b2182b"]]
+VIRIDIS = [[0.0, "#440154"], [0.2, "#414487"], [0.4, "#2a788e"], [0.6, "#22a884"], [0.8, "#7ad151"], [1.0, "#fde725"]]
+
+
+def numbers(values: Iterable[Any], *, positive: bool = False) -> list[float | None]:
+    """Return JSON numbers of six digits, None where not finite (or, when asked, not above zero)."""
+    array = np.asarray(values, dtype=np.float64).ravel()
+    kept = np.isfinite(array) & ((array > 0) if positive else True)
+    return [float(f"{value:.6g}") if keep else None for value, keep in zip(array.tolist(), kept, strict=True)]
+
+
+def measured(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """Return the probes that hold a spectrum."""
+    return [snapshot for snapshot in snapshots if snapshot.status == "measured"]
+
+
+def layout_of(title: str, tooltip: str, **layout: Any) -> Figure:
+    """Return a layout with its title and the sentence that stands behind it."""
+    base = {"title": {"text": title}, "meta": {"tooltip": tooltip}, "hovermode": "closest", "showlegend": False}
+    return base | layout
+
+
+def log_axis(title: str, **axis: Any) -> Figure:
+    """Return a logarithmic axis."""
+    # dtick=1 labels whole decades only; plotly's minor labels crowd the axis.
+    return {"type": "log", "dtick": 1, "exponentformat": "power", "title": {"text": title}} | axis
+
+
+def note(text: str, *, size: int = 12, width: int = 50, **place: Any) -> Figure:
+    """Return a grey annotation, broken into lines of `width` characters; by default in the middle of the figure."""
+    place_of = {"x": 0.5, "y": 0.5, "xref": "paper", "yref": "paper", "showarrow": False}
+    return place_of | {"text": "<br>".join(textwrap.wrap(text, width)), "font": {"size": size, "color": GREY}} | place
+
+
+def empty(title: str, reason: str) -> Figure:
+    """Return a figure that says why nothing is drawn."""
+    axis = {"visible": False}
+    layout = layout_of(title, reason, xaxis=axis, yaxis=axis, annotations=[note(reason)])
+    return {"data": [], "layout": layout}
+
+
+def kernel_words(snapshot: Snapshot) -> str:
+    """Return which kernel a probe measured, in words."""
+    return (
+        f"{snapshot.kernel or 'unnamed'} kernel, unnormalised K = J J^T, N = {snapshot.samples} samples, "
+        f"C = {snapshot.outputs} outputs, {snapshot.mode} mode"
+    )
+
+
+def line(x: Sequence[Any], y: Sequence[Any], name: str, colour: str, **trace: Any) -> Figure:
+    """Return a line; `trace` replaces any of its fields."""
+    return {"type": "scatter", "mode": "lines", "x": x, "y": y, "name": name, "line": {"color": colour}} | trace
+
+
+def thinned(count: int, most: int) -> list[int]:
+    """Return at most `most` of the indices 0 … count-1, evenly spread, first and last included."""
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
