@@ -54,6 +54,8 @@ class Now:
     labels: NDArray[np.int64] | None
     loss: Loss | None
     optimizers: Sequence[Optimizer]
+    others: Sequence[Optimizer] = ()
+    """Optimizers of the same run that move other parameters; of these only that they exist is used."""
     batch_size: int | None = None
     population: int | None = None
     total_steps: int | None = None

@@ -89,7 +89,9 @@ class Monitor:
         self.population: int | None = population_of(reference)
         self.clip: float | None = None
         self.rates_ahead: Callable[[int], Array | None] | None = None
-        self.losses = Mean()
+        self.losses, self.clipped = Mean(), Mean()
+        self.others: list[Optimizer] = []
+        self.words: dict[str, str] = {}
         self._watch = Watch(model, self.recipe, self.probe)
         self._weighed = False
         self._previous: tuple[int, Array, Modes | None] | None = None
@@ -175,8 +177,11 @@ class Monitor:
                 seen = self._watch.look(self._now(raw, terms, modes, labels))
             if self.losses.count:
                 seen.facts["train_loss"] = self.losses.taken()
+            if self.clipped.count:
+                seen.facts["clip_coefficient"] = self.clipped.taken()
         else:
             seen = Outlook(texts={"stability": "not measured: the loss was not known yet at this step"})
+        seen.texts |= self.words
         lr_steps, lr_values = self.learning_rates.taken()
         self._previous = (raw.step, raw.values, modes)
         self.probes += 1
@@ -242,6 +247,7 @@ class Monitor:
             labels=labels,
             loss=self.loss,
             optimizers=self.optimizers,
+            others=self.others,
             batch_size=self.batch_size,
             population=self.population,
             total_steps=self.total_steps,

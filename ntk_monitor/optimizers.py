@@ -94,7 +94,30 @@ class OptimizerState:
         return found
 
 
-def read(module: nn.Module, optimizers: Any) -> OptimizerState:
+def picked(optimizers: Sequence[Optimizer], wanted: int | str | None) -> list[Optimizer]:
+    """Return the optimizer that was asked for, in a list of its own, or all of them.
+
+    Args:
+        optimizers: of one run.
+        wanted: a place in the sequence, as a number or in digits; the name of a class that only one of them has; None:
+            all.
+
+    Raises:
+        InputError: no such optimizer, or several of that class.
+    """
+    if wanted is None:
+        return list(optimizers)
+    present = ", ".join(f"{place} ({type(o).__name__})" for place, o in enumerate(optimizers)) or "none"
+    if isinstance(wanted, int) or wanted.isdecimal():
+        found = [o for place, o in enumerate(optimizers) if place == int(wanted)]
+    else:
+        found = [o for o in optimizers if type(o).__name__ == wanted]
+    if len(found) != 1:
+        raise InputError(f"optimizer must name one optimizer of the run, got {wanted!r}; there are: {present}")
+    return found
+
+
+def read(module: nn.Module, optimizers: Any, *, others: Sequence[Optimizer] = ()) -> OptimizerState:
     """Return rule and state of a live optimizer, or of several, over the parameters of a module.
 
     `torch.optim.SGD`, `Adam` and `AdamW` are known, in their foreach, fused, capturable and differentiable variants
@@ -105,6 +128,7 @@ def read(module: nn.Module, optimizers: Any) -> OptimizerState:
         module: the measured module.
         optimizers: a `torch.optim.Optimizer`, or a sequence of them. Wrappers with an `.optimizer` (Lightning's,
             accelerate's) are looked through.
+        others: further optimizers of the run, whose parameters are not uncovered.
 
     Raises:
         InputError: something that is no optimizer.
@@ -129,7 +153,8 @@ def read(module: nn.Module, optimizers: Any) -> OptimizerState:
             for name, state in held.items():
                 _keep(first, name, state.get("momentum_buffer" if family == "sgd" else "exp_avg"))
                 _keep(second, name, state.get("max_exp_avg_sq" if raw.get("amsgrad") else "exp_avg_sq"))
-    covered = {name for group in groups for name in group.names}
+    elsewhere = {names.get(id(p)) for o in others for raw in _bare(o).param_groups for p in raw["params"]}
+    covered = {name for group in groups for name in group.names} | elsewhere
     return OptimizerState(
         name=" + ".join(dict.fromkeys(type(o).__name__ for o in found)),
         family=family,

@@ -90,7 +90,7 @@ class Watch:
             found.texts["stability"] = "not measured: no optimizer was given"
             return None
         try:
-            state = read(self._model, now.optimizers)
+            state = read(self._model, now.optimizers, others=now.others)
         except Exception as error:
             if self._recipe.strict:
                 raise

@@ -35,6 +35,8 @@ class Recipe:
             Forecasts from one probe to the next are made and scored at all of them.
         batch_size: samples whose mean loss one optimizer step follows; None: the trainer's, or unknown.
         total_steps: planned length of the run in optimizer steps; None: the trainer's, or unknown.
+        optimizer: which of the trainer's optimizers drives stability and forecasts, and whose steps are counted: its
+            place (0 or "0") or the name of its class; None: all of them together.
         directions: named directions of the residual whose learning is followed (see `ntk_monitor.directions`): a
             mapping name → (N, C) array, or None for classes or outputs.
         engine: see `empirical_ntk`.
@@ -61,6 +63,7 @@ class Recipe:
     forecast_every: int = 4
     batch_size: int | None = None
     total_steps: int | None = None
+    optimizer: int | str | None = None
     directions: Any = None
     engine: Literal["auto", "structured", "reference", "rows"] = "auto"
     memory_limit: int | None = None
@@ -109,6 +112,7 @@ class Recipe:
             "forecast_every": (int,),
             "batch_size": (int, type(None)),
             "total_steps": (int, type(None)),
+            "optimizer": (int, str, type(None)),
             "seed": (int,),
             "log_prefix": (str,),
             "log_dir": (str, PathLike, type(None)),

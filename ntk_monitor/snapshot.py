@@ -238,6 +238,7 @@ FACTS: dict[str, str] = {
     "frozen": "parameters without requires_grad, parameters",
     "accuracy": "share of probe samples whose largest output is their class, fraction",
     "train_loss": "mean of the losses the trainer returned since the previous probe, loss units",
+    "clip_coefficient": "mean factor by which clipping by norm shortened the gradients since the previous probe, fraction",
     "sample_loo": "leave-one-sample-out error of kernel regression on the probe relative to predicting the mean",
 }
 """What the keys of `Snapshot.facts` mean, with unit."""
@@ -255,6 +256,7 @@ TEXTS: dict[str, str] = {
     "metrics": "why the metrics of the registry were not evaluated",
     "facts": "why facts about data, outputs and parameters are missing",
     "uncovered": "names of trainable parameters that no optimizer updates",
+    "weights": "which weights were measured, where a callback of the trainer keeps an average of them",
     "structural_zeros": "layers whose kernel is zero by construction (LoRA's A while B is zero, biases before norms)",
     "scale_free": "layers followed by a norm, whose kernel shrinks as 1 / |w|^2",
 }
