@@ -238,7 +238,7 @@ FACTS: dict[str, str] = {
     "frozen": "parameters without requires_grad, parameters",
     "accuracy": "share of probe samples whose largest output is their class, fraction",
     "train_loss": "mean of the losses the trainer returned since the previous probe, loss units",
-    "clip_coefficient": "mean factor by which clipping by norm shortened the gradients since the previous probe, fraction",
+    "clip_coefficient": "mean factor by which clipping by norm shortened gradients since the previous probe, fraction",
     "sample_loo": "leave-one-sample-out error of kernel regression on the probe relative to predicting the mean",
 }
 """What the keys of `Snapshot.facts` mean, with unit."""
