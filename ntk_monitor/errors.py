@@ -40,6 +40,9 @@ class DamagedRecordError(HistoryError):
 
 def said(error: BaseException, kind: bool | None = None) -> str:
     """Return the first line of an error: ours speak for themselves, others with their type (or as `kind` says)."""
-    line = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    try:
+        line = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    except Exception:  # noqa: BLE001 - others' errors may fail at describing themselves
+        line = "no message"
     shown = not isinstance(error, NTKMonitorError) if kind is None else kind
     return f"{type(error).__name__}: {line}" if shown else line

@@ -5,13 +5,13 @@ fails becomes one warning and a recorded skip; what keeps failing puts the monit
 """
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ntk_monitor.errors import LossUnknownError
+from ntk_monitor.errors import LossUnknownError, said
 from ntk_monitor.guard import random_state
 from ntk_monitor.harmless import Fingerprint
 from ntk_monitor.look import Measurement
@@ -60,36 +60,33 @@ class Session:
         self._root: nn.Module | None = None
         self._matching: Matching | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
-        self._pending: list[Measurement] = []
-        self._failures = 0
+        # Probes that were taken and are not written yet, in the order of their steps; skipped ones are finished.
+        self._pending: list[Measurement | Snapshot] = []
+        self._failures: list[str] = []
         self._looked = False
 
     def guarded(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Run one step; what it raises becomes one warning, and the monitor rests. Its time belongs to the budget."""
+        """Run one step; what it raises becomes one warning, and the monitor rests. Its time belongs to the budget.
+
+        Only exceptions are ours to keep: KeyboardInterrupt, SystemExit and whatever else ends a process pass through.
+        """
         if self.resting:
             return
         start, paid = time.perf_counter(), self._paid()
-        try:
-            # Our own code draws nothing, but loggers and data sets may.
-            with random_state():
-                step(*arguments)
-        except Exception as error:
-            if self.recipe.strict:
-                raise
-            self.rest(f"{type(error).__name__}: {error}")
-        if self.monitor is not None:
+        # Our own code draws nothing, but loggers and data sets may.
+        with self._contained(), random_state():
+            step(*arguments)
+        with self._contained():
             # Writing, drawing and matching cost time too, and belong to the budget.
-            rest = time.perf_counter() - start - (self._paid() - paid)
-            self.monitor.schedule.pay(max(0.0, rest))
+            self._pay(start, paid)
 
     def rest(self, reason: str) -> None:
-        """Measure nothing more in this run, and say why."""
-        with suppress(Exception):
-            self.settle()  # what was measured is kept
-            if self.last is None and self.sink is not None:  # the history says why it holds nothing else
-                self.sink.write(Snapshot(step=0, wall_time=time.time(), status="skipped", reason=reason))
-        self.resting = reason
-        self.monitor = self._matching = None
+        """Measure nothing more in this run, and say why. Raises nothing, and frees what the monitor holds."""
+        self.resting = reason  # first: whatever happens below, no further step is taken
+        with suppress(Exception), random_state():  # loggers may draw numbers
+            self._conclude(reason)
+        self.monitor = self._matching = self._seen = None
+        self._pending = []
         say(f"the monitor rests for the remainder of this run, training goes on: {reason}")
 
     # Steps: each may raise, and is only called through `guarded`.
@@ -112,19 +109,19 @@ class Session:
 
     def due(self, step: int) -> bool:
         """True when a probe should be made after `step` optimizer steps."""
-        return self.monitor is not None and not self.resting and self.monitor.due(step)
+        if self.monitor is None or self.resting:
+            return False
+        with self._contained():
+            return self.monitor.due(step)
+        return False
 
     def observe(self, step: int, optimizers: list[Any]) -> None:
         """Record the learning rates that the coming optimizer step uses."""
         if self.monitor is None or self.resting:
             return
-        self.monitor.steps, self.monitor.optimizers = step, optimizers
-        try:
+        with self._contained():
+            self.monitor.steps, self.monitor.optimizers = step, optimizers
             self.monitor.observe()
-        except Exception as error:
-            if self.recipe.strict:
-                raise
-            self.rest(f"{type(error).__name__}: {error}")
 
     def expect(self, see: Callable[[], tuple[Tensor, Tensor] | None]) -> None:
         """Note outputs and targets of the batch whose loss comes next."""
@@ -133,7 +130,7 @@ class Session:
         try:
             self._seen = see()
         except Exception as error:  # noqa: BLE001 - then the loss stays unknown, the kernel does not
-            self._unmatched(f"{type(error).__name__}: {error}")
+            self._unmatched(said(error, kind=True))
 
     def compare(self, value: float | None) -> None:
         """Compare the loss of the batch with what each candidate makes of its outputs and targets."""
@@ -145,7 +142,11 @@ class Session:
             self._unmatched("training_step returned no loss" if value is None else "the batch has no tensor of targets")
             return
         f, y = seen
-        matching.add(f, y, value)
+        try:
+            matching.add(f, y, value)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._unmatched(said(error, kind=True))
+            return
         if matching.over:
             self.settle()
 
@@ -157,30 +158,25 @@ class Session:
         check = self.recipe.verify and monitor.probes == 0 and not self._pending
         before = self._fingerprint() if check else None
         try:
-            raw = monitor.measure(step, epoch)
+            self._pending.append(monitor.measure(step, epoch))
         except LossUnknownError:
             if self._matching is None:
                 raise
-            return  # a few batches more will tell; the probe stays due
+            # A few batches more will tell; the probe stays due.
         except Exception as error:
             if self.recipe.strict:
                 raise
-            self.settle()  # records must be written in the order of their steps
-            self._write(monitor.skipped(step, error, epoch))
-            self._failures += 1
-            if self._failures == _PATIENCE:
-                self.rest(f"{_PATIENCE} probes in a row failed, the last with {type(error).__name__}: {error}")
-            return
-        finally:
-            self._rest_if_changed(before)
-        self._failures = 0
-        if self._matching is not None:
-            self._pending.append(raw)  # which loss it is will be known after a few batches
-        elif not self.resting:
-            self._look(raw)
+            self._pending.append(self._skipped(step, error, epoch))
+        # Not in a `finally`: Ctrl-C must not wait for this, nor be replaced by what it raises.
+        if changed := self._changed(before):
+            self._pending = []
+            self.rest(changed)
+        elif self._matching is None:
+            self._look()
+        self._rest_if_failing()
 
     def settle(self) -> None:
-        """Decide which loss it is, from the evidence so far, and finish the probes that waited for it."""
+        """Decide which loss it is, from the evidence so far, and write the probes that waited for it."""
         if self._matching is not None and self.monitor is not None:
             self.monitor.loss = self._matching.match
             self.monitor.loss_status = self._matching.status
@@ -191,6 +187,27 @@ class Session:
         """Push what was written towards the disk."""
         if self.sink is not None:
             self.sink.flush()
+
+    @contextmanager
+    def _contained(self) -> Iterator[None]:
+        """Rest because of an error inside, or pass it on where the user asked for that."""
+        try:
+            yield
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            self.rest(said(error, kind=True))
+
+    def _conclude(self, reason: str) -> None:
+        try:
+            self.settle()  # what was measured is kept
+        finally:
+            if self.last is None and self.sink is not None:  # the history says why it holds nothing else
+                self.sink.write(Snapshot(step=0, wall_time=time.time(), status="skipped", reason=reason))
+
+    def _pay(self, start: float, paid: float) -> None:
+        if self.monitor is not None:
+            self.monitor.schedule.pay(max(0.0, time.perf_counter() - start - (self._paid() - paid)))
 
     def _paid(self) -> float:
         return 0.0 if self.monitor is None else self.monitor.schedule.spent
@@ -205,35 +222,58 @@ class Session:
         self._release()
 
     def _release(self) -> None:
-        waiting, self._pending = self._pending, []
-        for raw in waiting:
-            self._write(self._finished(raw, fresh=False))
+        """Write what waited. Each probe leaves the list once it is written: Ctrl-C in between loses none."""
+        while self._pending:
+            raw = self._pending[0]
+            self._write(raw if isinstance(raw, Snapshot) else self._finished(raw, fresh=False))
+            self._pending = self._pending[1:]
 
     def _finished(self, raw: Measurement, *, fresh: bool) -> Snapshot:
         assert self.monitor is not None
         try:
-            return self.monitor.finish(raw, fresh=fresh)
+            snapshot = self.monitor.finish(raw, fresh=fresh)
         except Exception as error:
             if self.recipe.strict:
                 raise
-            return self.monitor.skipped(raw.step, error, raw.epoch)
+            return self._skipped(raw.step, error, raw.epoch)
+        self._failures = []
+        return snapshot
 
-    def _look(self, raw: Measurement) -> None:
+    def _skipped(self, step: int, error: Exception, epoch: int | None) -> Snapshot:
+        assert self.monitor is not None
+        self._failures.append(said(error, kind=True))
+        return self.monitor.skipped(step, error, epoch)
+
+    def _look(self) -> None:
         """Finish a probe at the weights of now, and the first time check that this changes nothing either."""
-        before = self._fingerprint() if self.recipe.verify and not self._looked else None
-        self._write(self._finished(raw, fresh=True))
-        self._looked = True
-        self._rest_if_changed(before)
+        for raw in self._pending[:1]:
+            if isinstance(raw, Measurement):
+                before = self._fingerprint() if self.recipe.verify and not self._looked else None
+                self._pending[0] = self._finished(raw, fresh=True)
+                self._looked = True
+                if changed := self._changed(before):
+                    self.rest(changed)
+        self._release()
 
-    def _rest_if_changed(self, before: Fingerprint | None) -> None:
+    def _rest_if_failing(self) -> None:
+        if len(self._failures) >= _PATIENCE and not self.resting:
+            self.rest(f"{_PATIENCE} probes in a row failed, the last with {self._failures[-1]}")
+
+    def _changed(self, before: Fingerprint | None) -> str:
+        """Return what the probe since `before` did to this run, or ""."""
         after = None if before is None else self._fingerprint()
         changed = before.changes(after) if before is not None and after is not None else []
-        if changed:
-            self.rest(f"a probe would change this run ({', '.join(changed[:3])})")
+        return f"a probe would change this run ({', '.join(changed[:3])})" if changed else ""
 
     def _write(self, snapshot: Snapshot) -> None:
         if self.last is None and snapshot.kernel == "full" and snapshot.modes_reason:
             say(f"residual modes are off: {snapshot.modes_reason}")
         self.last = snapshot
-        if self.sink is not None:
+        if self.sink is None:
+            return
+        try:
             self.sink.write(snapshot)
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            say(f"the probe at step {snapshot.step} could not be written: {said(error, kind=True)}")
