@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ntk_monitor.coverage import Coverage
 from ntk_monitor.kernel import Kernel
 from ntk_monitor.losses import Loss, Terms
 from ntk_monitor.modes import Modes
@@ -33,6 +34,7 @@ class Measurement:
     predictions: Tensor
     """Outputs (N, ...) on the probe as the module shapes them, float64 on the CPU."""
     seconds: dict[str, float]
+    coverage: Coverage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ntk_monitor.coverage import Forwards, nonzero
 from ntk_monitor.errors import InputError, LossUnknownError, said
-from ntk_monitor.guard import random_state, undisturbed
+from ntk_monitor.guard import random_state
 from ntk_monitor.kernel import MEMORY_LIMIT, measured
 from ntk_monitor.look import Measurement, Now, Outlook
 from ntk_monitor.losses import Loss, Terms, recognised
 from ntk_monitor.metrics import Measured, evaluate
 from ntk_monitor.metrics.measured import mean_over_outputs
 from ntk_monitor.modes import Modes
-from ntk_monitor.network import Network
 from ntk_monitor.outlook import Watch
 from ntk_monitor.probe import Probe, beside, dataset_of, default_samples, population_of
 from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
@@ -93,6 +93,8 @@ class Monitor:
         self.others: list[Optimizer] = []
         self.words: dict[str, str] = {}
         self._watch = Watch(model, self.recipe, self.probe)
+        chosen = {name: getattr(self.recipe, name) for name in ("params", "forward", "device", "seed")}
+        self._forwards = Forwards(**chosen)
         self._weighed = False
         self._previous: tuple[int, Array, Modes | None] | None = None
 
@@ -125,10 +127,10 @@ class Monitor:
         """
         start = time.perf_counter()
         recipe, probe = self.recipe, self.probe
-        predictions, parameters = self._predictions()
+        predictions, coverage = self._forwards.outputs(self.model, probe.inputs)
         outputs = _outputs(predictions)
-        layout = recipe.layout(probe.samples, outputs, parameters)
-        self._weigh(layout, outputs, parameters)
+        layout = recipe.layout(probe.samples, outputs, coverage.selected)
+        self._weigh(layout, outputs, coverage.selected)
         if layout == "loss" and (self.loss is None or probe.targets is None):
             raise LossUnknownError(
                 f"{probe.samples} samples × {outputs} outputs need the kernel of the losses, and the loss is "
@@ -148,12 +150,12 @@ class Monitor:
             seed=recipe.seed,
         )
         computed = time.perf_counter()
-        values = _square(kernel.values)
+        values = _square(nonzero(kernel.values, coverage))
         spectrum = Spectrum.of(values, vectors=False, jacobian_eps=torch.finfo(kernel.jacobian_dtype).eps)
         solved = time.perf_counter()
         seconds = {"kernel": computed - start, "spectrum": solved - computed}
         self.schedule.done(step, solved - start)
-        return Measurement(step, epoch, time.time(), layout, kernel, values, spectrum, predictions, seconds)
+        return Measurement(step, epoch, time.time(), layout, kernel, values, spectrum, predictions, seconds, coverage)
 
     def finish(self, raw: Measurement, *, fresh: bool = True) -> Snapshot:
         """Turn a measurement into the record: modes in the known loss, metrics, cost. Updates the previous probe.
@@ -214,8 +216,8 @@ class Monitor:
             rates_floor=modes.floor if modes else float("nan"),
             previous_step=previous_step,
             metrics={name: value for name, value in (metrics | seen.metrics).items() if np.isfinite(value)},
-            facts={name: value for name, value in seen.facts.items() if np.isfinite(value)},
-            texts=seen.texts,
+            facts={name: value for name, value in (raw.coverage.facts() | seen.facts).items() if np.isfinite(value)},
+            texts=raw.coverage.texts() | seen.texts,
             layers=seen.layers,
             directions=seen.directions,
             seconds=seconds,
@@ -262,7 +264,7 @@ class Monitor:
         """Return the record of a probe that failed, and say so once."""
         reason = error if isinstance(error, str) else said(error)
         say(f"probe at step {step} skipped: {reason}")
-        self.schedule.done(step, self.schedule.cost)
+        self.schedule.done(step, 0.0)
         return Snapshot(
             step=step,
             epoch=epoch,
@@ -295,15 +297,6 @@ class Monitor:
                 "a smaller probe=, params= or outputs= makes it quicker"
             )
         self._weighed = True
-
-    def _predictions(self) -> tuple[Tensor, int]:
-        with undisturbed(seed=self.recipe.seed):
-            recipe, inputs = self.recipe, self.probe.inputs
-            network = Network.careful(
-                self.model, inputs, params=recipe.params, forward=recipe.forward, device=recipe.device
-            )
-            # With gradients enabled: a forward may take gradients itself (physics-informed residuals).
-            return network.raw(network.prepared(inputs)).detach().double().cpu(), network.parameter_count
 
     def _terms(self, raw: Measurement) -> tuple[Terms | None, str]:
         """Return the loss terms on the probe, or None and the reason why there are no modes."""

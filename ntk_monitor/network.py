@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -154,16 +154,33 @@ class Network:
     def raw(self, inputs: Batch) -> Tensor:
         """Return the outputs (N, ...) in the shape the module gives them, which is what a loss expects."""
         output = self._run(inputs)
+        reentrant = False
         for node in _nodes(output):
-            if node.name() == "CheckpointFunctionBackward":
-                raise NetworkError(_REENTRANT)
+            reentrant = reentrant or node.name() == "CheckpointFunctionBackward"
             leaf = getattr(node, "variable", None)
             if isinstance(leaf, Tensor) and id(leaf) in self._live:
                 raise NetworkError(
                     f"{type(self._module).__name__} reaches a parameter of shape {tuple(leaf.shape)} through an object "
                     "that is no module (a helper, a partial or a global); register it as a submodule"
                 )
+        if reentrant:
+            raise NetworkError(self._reentrant(self.reached(output)))
         return output
+
+    def reached(self, output: Tensor) -> frozenset[str]:
+        """Return the names of the selected parameters in the graph of an output of `raw` or `outputs`."""
+        leaves = {id(getattr(node, "variable", None)) for node in _nodes(output)}
+        return frozenset(name for name, p in self.parameters.items() if id(p) in leaves)
+
+    def _reentrant(self, reached: Collection[str]) -> str:
+        """Say which parameters a reentrant checkpoint hides: those that the graph does not reach."""
+        hidden = [name for name in self.parameters if name not in reached]
+        more = f" and {len(hidden) - 6} more" if len(hidden) > 6 else ""
+        which = f" ({', '.join(hidden[:6])}{more})" if hidden else ""
+        return (
+            f"parameters inside torch.utils.checkpoint with use_reentrant=True{which} are out of reach of "
+            "torch.autograd.grad; pass use_reentrant=False"
+        )
 
     def function(self, parameters: Mapping[str, Tensor], inputs: Batch) -> Tensor:
         """Return the outputs (N, C) as a pure function of the parameters, for `torch.func` transforms."""
@@ -183,8 +200,9 @@ class Network:
             heard = stack.enter_context(_heard("None of the inputs have requires_grad"))
             output = only_tensor(self._called(self._shadow.fresh(replaced), inputs))
         # A reentrant checkpoint whose inputs require no gradient runs without gradients. Harmless around frozen layers.
-        if heard and not replaced and not {id(p) for p in self.parameters.values()} <= uses[True] - uses[False]:
-            raise NetworkError(_REENTRANT)
+        seen = uses[True] - uses[False]
+        if heard and not replaced and not {id(p) for p in self.parameters.values()} <= seen:
+            raise NetworkError(self._reentrant([name for name, p in self.parameters.items() if id(p) in seen]))
         samples = size(inputs)
         if output.dim() == 0 or output.shape[0] != samples:
             raise InputError(
@@ -339,12 +357,6 @@ def _note(module: nn.Module, uses: dict[bool, set[int]]) -> None:
     """
     if type(module).__module__.startswith("torch.nn."):
         uses[torch.is_grad_enabled()] |= {id(p) for p in module._parameters.values() if p is not None}
-
-
-_REENTRANT = (
-    "parameters inside torch.utils.checkpoint with use_reentrant=True are out of reach of torch.autograd.grad; "
-    "pass use_reentrant=False"
-)
 
 
 @contextlib.contextmanager
