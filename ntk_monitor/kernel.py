@@ -87,7 +87,8 @@ def empirical_ntk(  # noqa: PLR0913 - the public door
         by_layer: return a dict layer name → kernel; the kernels sum to the whole.
         preconditioner: parameter name → non-negative tensor D of its shape: K = J D Jᵀ.
         targets: targets of `x` (and of `x2` as a pair, for the cross kernel) for outputs="loss".
-        loss: name, torch loss or callable (outputs, targets) → scalar, applied to one sample at a time.
+        loss: name, torch loss or callable (outputs, targets) → scalar, applied to one sample at a time. Of token losses
+            the sum over the tokens of a sequence, divided by the mean number of tokens per sequence of `x`.
         mode: "eval", or "train": the batch-coupled function of training (BatchNorm over this batch, dropout off).
         dtype: of the result. Products are computed and accumulated in float64; with torch.float32 the structured
             engine multiplies in float32 and sums in float64, 1.1 to 1.8 times as fast on a CPU and exact to about
@@ -152,7 +153,7 @@ def measured(  # noqa: PLR0913 - the same door
     batches = [x] if x2 is None else [x, x2]
     for batch in batches:
         size(batch)
-    head = _headed(forward, outputs, loss)
+    head = _headed(forward, outputs, loss, targets if x2 is None else targets and targets[0])
     if outputs == "loss":
         pairs = [targets] if x2 is None else list(targets)
         batches = [(batch, target) for batch, target in zip(batches, pairs, strict=True)]
@@ -328,7 +329,7 @@ class _Job:
         return gram(sources[0], right, self.layout, group=self.group, memory_limit=self.limit)
 
 
-def _headed(forward: Forward | None, outputs: str, loss: Any) -> Forward:
+def _headed(forward: Forward | None, outputs: str, loss: Any, targets: Any) -> Forward:
     """Return the function whose Jacobian is contracted: the outputs, their sum, or the per-sample losses."""
     base = forward or call
     if outputs == "sum":
@@ -340,7 +341,7 @@ def _headed(forward: Forward | None, outputs: str, loss: Any) -> Forward:
 
         return total
     if outputs == "loss":
-        function = recognised(loss).per_sample
+        function = recognised(loss).singly(targets)
 
         def losses(module: nn.Module, inputs: Batch) -> Tensor:
             samples, target = inputs

@@ -29,6 +29,9 @@ Kind: TypeAlias = Literal["mse", "cross_entropy", "bce_with_logits", "other"]
 # A class of probability below this is treated as having it: 1/√p must stay finite.
 _SMALLEST_PROBABILITY = 1e-12
 
+IGNORED = -100
+"""The label of a token that is not to be predicted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -81,6 +84,21 @@ class Loss:
             return self.function
         total = cross_entropy(**{**self.options, "reduction": "sum"}).function
         return lambda f, y: total(f, y) if f.dim() == 2 else self.function(f, y)
+
+    def singly(self, targets: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return `per_sample` for the samples of a batch with these targets.
+
+        Token losses are means over all tokens of a batch, not over sequences: the loss of one sequence is the sum over
+        its tokens divided by the mean number of tokens per sequence, so that long sequences weigh as they do in
+        training and the mean over sequences is the loss of the batch.
+        """
+        if "shift" not in self.options:
+            return self.per_sample
+        labels = torch.as_tensor(targets)
+        labels = labels[:, 1:] if self.options["shift"] else labels
+        share = len(labels) / max(1, int((labels != IGNORED).sum()))
+        total = token_cross_entropy(**{**self.options, "reduction": "sum"}).function
+        return lambda f, y: total(f, y) * share
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Terms:
         """Return gradient and curvature at these outputs.
@@ -272,20 +290,30 @@ def recognised(loss: Any) -> Loss:
     raise InputError(f"loss must be a name, a torch loss or a callable(outputs, targets), got {type(loss).__name__}")
 
 
-def token_cross_entropy(*, shift: bool = False) -> Loss:
+def token_cross_entropy(reduction: str = "mean", *, shift: bool = False, label_smoothing: float = 0.0) -> Loss:
     """Return cross-entropy over the tokens of sequences: outputs (N, T, V), targets (N, T), -100 ignored.
 
     Args:
+        reduction: "mean" over all tokens that are not ignored, "sum".
         shift: token t predicts target t + 1, as causal language models do inside.
+        label_smoothing: as torch defines it.
     """
 
     def function(f: Tensor, y: Tensor) -> Tensor:
-        if f.dim() != 3 or y.is_floating_point():
+        if f.dim() != 3 or y.is_floating_point() or y.shape != f.shape[:2]:
             raise ValueError("tokens need outputs (N, T, V) and integer targets (N, T)")
         logits, labels = (f[:, :-1], y[:, 1:]) if shift else (f, y)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long())
+        labels = labels.flatten().long()
+        total = F.cross_entropy(
+            logits.flatten(0, 1), labels, reduction="sum", ignore_index=IGNORED, label_smoothing=label_smoothing
+        )
+        # Sequences without a token to predict have no loss; torch's mean over none would be 0/0.
+        return total if reduction == "sum" else total / (labels != IGNORED).sum().clamp_min(1)
 
-    return Loss(f"token_cross_entropy(mean{', shifted' if shift else ''})", "other", function, {"shift": shift})
+    shown = [reduction, *(["shifted"] if shift else [])]
+    shown += [f"label_smoothing={label_smoothing:g}"] if label_smoothing else []
+    options = {"reduction": reduction, "shift": shift, "label_smoothing": label_smoothing}
+    return Loss(f"token_cross_entropy({', '.join(shown)})", "other", function, options)
 
 
 def _module_loss(loss: nn.Module) -> Loss | None:

@@ -121,7 +121,7 @@ def plan(  # noqa: PLR0913 - the public door
     _check(outputs, "auto", targets, loss)
     size(x)
     batch: Batch = (x, targets) if outputs == "loss" else x
-    head = _headed(forward, outputs, loss)
+    head = _headed(forward, outputs, loss, targets)
     with undisturbed(seed=0):
         network = Network.careful(model, batch, params=params, forward=head, mode=mode, device=device)
         layout: Layout = outputs if outputs in ("trace", "per_output") else "full"
