@@ -1,9 +1,10 @@
 """Recorder writes probes to an event file, for plain loops and for Trainers without a TensorBoard logger.
 
 Each record is appended by the calling thread with the file opened and closed again: nothing is queued that a crash
-could lose, and an error such as a full disk reaches the caller.
+could lose, an error such as a full disk reaches the caller, and a file deleted in mid-run is begun again.
 """
 
+import contextlib
 import io
 import itertools
 import os
@@ -49,8 +50,7 @@ class Recorder:
         origin = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self.path = self.log_dir / f"events.out.tfevents.{origin}.ntk"
         self._closed = False
-        source = SourceMetadata(writer="ntk_monitor.recorder")
-        self._append(Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=source))
+        append(self.path)
 
     def write(
         self, snapshot: Snapshot, prefix: str = "ntk", extra: Iterable[Summary.Value] = (), *, stock: bool = True
@@ -69,7 +69,8 @@ class Recorder:
 
     def flush(self) -> None:
         """Wait until the disk has everything, which survives a power failure; a crash of the process needs no flush."""
-        with self.path.open("ab") as file:
+        # Opened to read: a file that somebody deleted is not created again, empty, just to be flushed.
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -89,15 +90,41 @@ class Recorder:
     def _append(self, event: Event) -> None:
         if self._closed:
             raise InputError(f"the recorder of {self.path} is closed; open a new Recorder on the same directory")
-        record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        rest = record.getbuffer()
-        with self.path.open("ab", buffering=0) as file:
-            start = file.seek(0, os.SEEK_END)
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except OSError:
-                # Half a record would make all later ones unreadable.
+        append(self.path, event)
+
+
+def append(path: Path, *events: Event) -> None:
+    """Append records to an event file, all of them or nothing, and begin the file where there is none.
+
+    A file that others append to in this way at the same time, TensorBoard's own writer included, stays whole.
+
+    Raises:
+        OSError: the disk is full, the limit on the size of files is reached, or the directory cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        # A file of no version is one of TensorBoard's first, whose steps may not decrease.
+        content = _encoded([] if start else [_header()], events)
+        rest = memoryview(content)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:  # Ctrl-C included
+            # Half a record would make all later ones unreadable. What others wrote behind it is not ours to cut.
+            end = file.tell()
+            if end < start + len(content) and end == file.seek(0, os.SEEK_END):
                 file.truncate(start)
-                raise
+            raise
+
+
+def _header() -> Event:
+    source = SourceMetadata(writer="ntk_monitor.recorder")
+    return Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=source)
+
+
+def _encoded(*parts: Iterable[Event]) -> bytes:
+    records = io.BytesIO()
+    for one in itertools.chain(*parts):
+        RecordWriter(records).write(one.SerializeToString())
+    return records.getvalue()
