@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback
 
 from ntk_monitor.callbacks.checks import check_device, checked_probe
 from ntk_monitor.callbacks.huggingface_data import Called, dataset_like, drawn, matched, outputs_of
@@ -36,6 +35,13 @@ from ntk_monitor.say import say
 from ntk_monitor.session import Session
 from ntk_monitor.snapshot import Snapshot
 from ntk_monitor.text import Positions
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "NTKMonitorCallback needs transformers and accelerate; pip install 'ntk-monitor[huggingface]'"
+    ) from error
 
 
 class NTKMonitorCallback(TrainerCallback):
