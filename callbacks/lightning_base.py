@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Base", "LightningModule", "Trainer"]
+__all__ = ["Base", "LightningModule", "Trainer", "callbacks_of"]
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,3 +22,8 @@ else:
 
     Base = type("Base", _bases(), {"__doc__": "Callback of every Lightning package that is loaded."})
     Trainer = LightningModule = Any
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """Return the callbacks of a Trainer in the order of their hooks. Lightning's own types do not tell of the list."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]

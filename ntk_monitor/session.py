@@ -175,6 +175,12 @@ class Session:
             self._look()
         self._rest_if_failing()
 
+    def skip(self, step: int, reason: str, epoch: int | None) -> None:
+        """Record that nothing is measured after `step` optimizer steps, and why. That is no failure."""
+        if self.monitor is not None:
+            self._release()
+            self._write(self.monitor.skipped(step, reason, epoch))
+
     def settle(self) -> None:
         """Decide which loss it is, from the evidence so far, and write the probes that waited for it."""
         if self._matching is not None and self.monitor is not None:
