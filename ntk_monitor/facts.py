@@ -20,6 +20,9 @@ Array = NDArray[np.float64]
 # A feature whose spread is this small next to the largest one's is a constant up to rounding.
 _CONSTANT = 1e-12
 
+# Outputs of more numbers than this stay out of the record: 256 kB at each probe.
+_KEPT = 2**16
+
 # What is not finite is left out in the end.
 _QUIET = np.errstate(invalid="ignore", over="ignore")
 
@@ -35,6 +38,11 @@ def of_data(probe: Probe) -> dict[str, float]:
     if isinstance(probe.targets, Tensor) and probe.targets.is_floating_point() and probe.labels is None:
         found |= _of_targets(_table(probe.targets))
     return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
+def kept_outputs(predictions: Array) -> Array:
+    """Return the outputs (N, C) that a record keeps: all, or none where they are images or logits of whole texts."""
+    return predictions if predictions.size <= _KEPT else np.empty(0)
 
 
 @_QUIET

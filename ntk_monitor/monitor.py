@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 
 from ntk_monitor.coverage import Forwards, nonzero
 from ntk_monitor.errors import InputError, LossUnknownError, said
+from ntk_monitor.facts import kept_outputs
 from ntk_monitor.guard import random_state
-from ntk_monitor.kernel import MEMORY_LIMIT, measured
+from ntk_monitor.kernel import MEMORY_LIMIT, Kernel, measured
 from ntk_monitor.look import Measurement, Now, Outlook
 from ntk_monitor.losses import Loss, Terms, recognised
 from ntk_monitor.metrics import Measured, evaluate
@@ -92,6 +93,7 @@ class Monitor:
         self.losses, self.clipped = Mean(), Mean()
         self.others: list[Optimizer] = []
         self.words: dict[str, str] = {}
+        self.measured: Callable[..., Kernel] = measured
         self._watch = Watch(model, self.recipe, self.probe)
         chosen = {name: getattr(self.recipe, name) for name in ("params", "forward", "device", "seed")}
         self._forwards = Forwards(**chosen)
@@ -136,7 +138,7 @@ class Monitor:
                 f"{probe.samples} samples × {outputs} outputs need the kernel of the losses, and the loss is "
                 f'{self.loss_status.partition(";")[0]}; pass loss= and targets, or outputs="trace" for a large kernel'
             )
-        kernel = measured(
+        kernel = self.measured(
             self.model,
             probe.inputs,
             outputs=layout,
@@ -225,7 +227,7 @@ class Monitor:
             rates=modes.rates if modes else np.empty(0),
             coordinates=modes.coordinates if modes else np.empty(0),
             carried=carried,
-            predictions=raw.predictions.reshape(self.probe.samples, -1).numpy(),
+            predictions=kept_outputs(raw.predictions.reshape(self.probe.samples, -1).numpy()),
             labels=np.empty(0) if labels is None else labels.astype(np.float64),
             lr_steps=np.asarray(lr_steps, dtype=np.float64),
             lr_values=np.asarray(lr_values, dtype=np.float64),
