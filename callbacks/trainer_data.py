@@ -63,10 +63,11 @@ def reference_samples(trainer: Trainer, probe: Probe, recipe: Recipe) -> Probe |
     """Draw training samples that drive forecasts beside the probe's own.
 
     None where the training data cannot be indexed or taken apart into inputs and targets, and where several optimizers
-    take turns (manual optimization): the steps of each are then no steps of the other.
+    take turns (manual optimization) and none was chosen: the steps of each are then no steps of the other.
     """
     data = trainer.train_dataloader
-    if recipe.reference == 0 or len(trainer.optimizers) > 1 or _transforms(trainer):
+    many = len(trainer.optimizers) > 1 and recipe.optimizer is None
+    if recipe.reference == 0 or many or _transforms(trainer):
         return None
     if not (isinstance(data, DataLoader) and indexable(data)):
         return None
