@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ntk_monitor.batch import Batch, size
+from ntk_monitor.batch import Batch, size, take
 from ntk_monitor.engines.contract import Jacobian
 from ntk_monitor.engines.rows import RowsJacobian, real_part
 from ntk_monitor.engines.structured.engine import Line, structured_gram
@@ -14,6 +14,14 @@ from ntk_monitor.network import Network, layer
 
 # Two orders of summation of the same float32 gradient differ by about 1e-5; a missed use of a parameter by about 1e-1.
 _TOLERANCE = {4: 1e-3, 8: 1e-7}
+
+_WHOLE = 2**22
+"""Networks of up to so many scalars are compared on the whole batch, at three samples; a pass of larger ones takes too
+long, and a third gradient too much memory."""
+_ENTRIES = 2**24
+"""The same for entries of all kernels by parameter together, 128 MiB in float64."""
+_FEW = 16
+"""Samples on which all others are compared."""
 
 
 def disagreement(jacobian: Jacobian, network: Network, inputs: Batch, *, width: int = 1) -> str:
@@ -68,8 +76,11 @@ def structured_disagreement(network: Network, inputs: Batch, other: Batch | None
     All pairs of the first, the middle and the last sample, parameter by parameter; then rᵀ K s, layer by layer, with
     random weights r of all samples and s of the other batch's, which is the product of two gradients. Returns the worst
     parameter or layer, the operations it enters and the error in words, or "". Cost: two or three structured passes
-    for one output, and four or five backward passes.
+    for one output, and four or five backward passes; of 16 samples, evenly spread, where the network has more than four
+    million scalars or the kernels by parameter would take more than 128 MiB. Memory: three gradients of all parameters,
+    two of large networks.
     """
+    inputs, other = _few(network, inputs), None if other is None else _few(network, other)
     projected = _Projected(network)
     tolerance = _TOLERANCE[8 if network.dtype.itemsize == 8 else 4]
     kernels, lines = structured_gram(projected, inputs, None, "trace", group=lambda name: name, scale={})
@@ -87,11 +98,20 @@ def structured_disagreement(network: Network, inputs: Batch, other: Batch | None
     return ""
 
 
+def _few(network: Network, inputs: Batch) -> Batch:
+    n = size(inputs)
+    whole = network.parameter_count <= _WHOLE and n * n * len(network.parameters) <= _ENTRIES
+    if whole or n <= _FEW:
+        return inputs
+    return take(inputs, [i * (n - 1) // (_FEW - 1) for i in range(_FEW)])
+
+
 def _worst_pair(
     kernels: Mapping[str, Tensor], lines: Sequence[Line], network: Network, inputs: Batch
 ) -> tuple[float, Line]:
     oracle, n = RowsJacobian(network, inputs), size(inputs)
-    chosen = sorted({0, n // 2, n - 1})
+    middle = {n // 2} if network.parameter_count <= _WHOLE else set()
+    chosen = sorted({0, *middle, n - 1})
     rows: list[Mapping[str, Tensor]] = [oracle.row(i, 0) for i in chosen]
     scales = [math.sqrt(sum(float(g.double().square().sum()) for g in row.values())) for row in rows]
     worst, culprit = 0.0, lines[0]

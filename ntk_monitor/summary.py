@@ -66,6 +66,31 @@ def _kernel(last: Snapshot) -> Iterator[Row]:
     count = f"{_plural(last.parameters, 'parameter')}" if last.parameters else "an unknown number of parameters"
     value = ", ".join(part for part in (last.engine, last.precision) if part) or "unknown"
     yield Row("computed by", value, f"Exact gradients of {count}. Why this engine: {how}.")
+    yield from _covered(last)
+
+
+_LEFT_OUT = {
+    "unselected": "left out by params=",
+    "unused": "not used by the outputs",
+    "detached": "used without gradients (no_grad, detach), in training too",
+}
+
+
+def _covered(last: Snapshot) -> Iterator[Row]:
+    """Say which share of the trainable parameters the kernel holds, and where the rest is."""
+    share = last.facts.get("coverage", math.nan)
+    if not math.isfinite(share):
+        return
+    trainable = last.parameters + last.facts.get("unselected", 0.0)
+    parts = ["" if share < 1 else "The kernel holds all of them."]
+    for kind, why in _LEFT_OUT.items():
+        if count := last.facts.get(kind, 0.0):
+            parts.append(f"{count:,.0f} {why}: {last.texts.get(kind) or 'not named'}.")
+    if frozen := last.facts.get("frozen", 0.0):
+        parts.append(f"Beside them {frozen:,.0f} frozen ones, which are constants.")
+    # Rounded down: not everything is never 100 %.
+    value = f"{math.floor(1000 * share) / 10:g} % of {trainable:,.0f} trainable"
+    yield Row("parameters measured", value, " ".join(part for part in parts if part))
 
 
 def _size(measured: Sequence[Snapshot]) -> Iterator[Row]:
