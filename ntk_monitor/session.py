@@ -49,7 +49,10 @@ class Session:
         sink: where probes are written; None: nowhere yet.
         last: the newest Snapshot.
         resting: why nothing is measured any more, or "".
+        hand: True on a process that only computes parts of another's probes (`ntk_monitor.together`).
     """
+
+    hand = False
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -114,6 +117,31 @@ class Session:
         with self._contained():
             return self.monitor.due(step)
         return False
+
+    def ending(self, step: int) -> bool:
+        """True when a run that ends after `step` optimizer steps should be probed once more."""
+        return self.monitor is not None and not self.resting and self.monitor.schedule.last_step != step
+
+    @property
+    def early(self) -> bool:
+        """True while no probe is known yet: ask `due` once more at the start of a batch, which may bring it."""
+        return self.monitor is None and not self.resting
+
+    def plain(self, module: nn.Module) -> nn.Module:
+        """Return what to measure of a live module: the module itself, or a copy where its parameters are sharded."""
+        return module
+
+    def enlist(self, module: nn.Module, root: nn.Module) -> bool:
+        """Return True on a process that only computes parts of another's probes: nothing more is set up there.
+
+        Args:
+            module: what is measured.
+            root: the module around it, which holds the loss.
+        """
+        return False
+
+    def close(self) -> None:
+        """Leave the run, after everything else."""
 
     def observe(self, step: int, optimizers: list[Any]) -> None:
         """Record the learning rates that the coming optimizer step uses."""

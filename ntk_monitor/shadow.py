@@ -29,6 +29,11 @@ from ntk_monitor.guard import Generator
 # Hooks that see gradients belong to training; forward hooks may be part of the function (old-style weight_norm is one).
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+# Where the hooks of `fully_shard` are defined, in torch 2.8 and later.
+_SHARDING = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
+
 # A tensor that is neither parameter nor buffer and larger than this is data kept on the module, not state: shared, so
 # that a data set held as an attribute is not copied at every probe.
 _STATE_BYTES = 64 * 2**20
@@ -53,14 +58,24 @@ class Shadow:
         module: any eager module; `torch.compile` and data-parallel wrappers are looked through.
         promote: cast floating parameters and buffers to this dtype, which copies them.
         detached: copy parameters too, for modules that rewrite their parameters in forward.
+        values: what stands for parameters that are sharded over processes; with it the shadow of a module under FSDP2
+            (`fully_shard`) is the plain module that was sharded.
 
     Raises:
         NetworkError: TorchScript, sharded or uninitialised parameters, named in the message.
     """
 
-    def __init__(self, module: nn.Module, *, promote: torch.dtype | None = None, detached: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        promote: torch.dtype | None = None,
+        detached: bool = False,
+        values: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
         self._promote = promote
         self._detached = detached
+        self._values = values
         self._memo: dict[int, Any] = {}
         self._live = module  # kept alive, or its parts' ids could be given to new objects
         self.module = self._shadow(module)
@@ -90,13 +105,17 @@ class Shadow:
         if id(module) in self._memo:
             found: nn.Module = self._memo[id(module)]
             return found
-        if reason := _refusal(module):
+        if reason := _refusal(module, gathered=self._values is not None):
             raise NetworkError(f"{type(module).__name__}: {reason}")
-        new = type(module).__new__(type(module))
+        kind = _kind(module)
+        new = kind.__new__(kind)
         self._memo[id(module)] = new
         state = new.__dict__
         for name, value in module.__dict__.items():
-            state[name] = type(value)() if name in _BACKWARD_HOOKS else self._value(value)
+            if name in _BACKWARD_HOOKS:
+                state[name] = type(value)()
+            else:
+                state[name] = self._value(_own_hooks(value) if name in _FORWARD_HOOKS else value)
         for name, buffer in module._buffers.items():
             if buffer is not None and state["_buffers"][name] is buffer:  # larger than `_STATE_BYTES`
                 state["_buffers"][name] = buffer.detach().clone()
@@ -204,6 +223,8 @@ class Shadow:
     def _parameter(self, value: nn.Parameter) -> Tensor:
         if isinstance(value, UninitializedTensorMixin):
             raise NetworkError("a lazy parameter has no shape yet; run one forward pass before measuring")
+        if self._values is not None and value in self._values:
+            return nn.Parameter(self._values[value], requires_grad=value.requires_grad)
         if nn.Parameter not in type(value).__mro__:  # DTensor and other wrappers: storage is not the values
             raise NetworkError(
                 f"a parameter is a {type(value).__name__}, whose values are sharded or packed; "
@@ -252,7 +273,46 @@ def _plain(values: Iterable[Any]) -> bool:
     return all(type(value) in _ATOMS for value in values)
 
 
-def _refusal(module: nn.Module) -> str | None:
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a shadow: that of the module, but for classes that would talk to other processes."""
+    kind = type(module)
+    if _fully_sharded(module):  # a class made from FSDPModule and the module's own
+        return kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]
+    return _LocalBatchNorm if kind is nn.SyncBatchNorm else kind
+
+
+class _LocalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """SyncBatchNorm over the samples at hand: a probe runs on one process, and the others would not answer."""
+
+    def _check_input_dim(self, _: Tensor) -> None:
+        """Any: SyncBatchNorm has one class for all of them."""
+
+
+def _fully_sharded(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def _own_hooks(hooks: Any) -> Any:
+    """Return the forward hooks of a module without those by which FSDP2 gathers its parameters."""
+    foreign = [key for key, hook in hooks.items() if _of_module(hook).startswith(_SHARDING)]
+    if not foreign:
+        return hooks
+    kept = copy.copy(hooks)
+    for key in foreign:
+        del kept[key]
+    return kept
+
+
+def _of_module(hook: Any) -> str:
+    return str(getattr(hook, "__module__", ""))
+
+
+def _refusal(module: nn.Module, *, gathered: bool = False) -> str | None:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(_of_module(h).startswith("torch.distributed") and not _of_module(h).startswith(_SHARDING) for h in hooks):
+        return "its outputs are computed by several processes together (tensor parallel), which cannot be measured"
+    if gathered and _fully_sharded(module):
+        return None
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript hides its operations and cannot be measured; pass the eager module it was made from"
     if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__):
