@@ -48,8 +48,15 @@ def test_demo_says_what_it_found_and_where(demo: tuple[int, str, Path]) -> None:
 
 def test_demo_draws_the_figures(demo: tuple[int, str, Path]) -> None:
     drawn = {path.stem: path.read_bytes() for path in (demo[2] / "figures").iterdir()}
-    assert set(drawn) == {"spectrum", "spectrum_over_training", "residual_bands", "scalars", "gram"}
+    kernel = {"spectrum", "spectrum_over_training", "residual_bands", "scalars", "gram"}
+    assert set(drawn) == kernel | {"learning_rate_interval", "loss_forecast", "layer_updates"}
     assert all(picture.startswith(b"\x89PNG") for picture in drawn.values())
+
+
+def test_demo_ends_with_a_report(demo: tuple[int, str, Path]) -> None:
+    _, said, out = demo
+    assert str(out / "report.html") in said
+    assert "<h2>run</h2>" in (out / "report.html").read_text()
 
 
 def test_a_second_demo_does_not_continue_the_first(demo: tuple[int, str, Path]) -> None:

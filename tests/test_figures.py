@@ -37,6 +37,13 @@ FIGURES: dict[str, Callable[[History], figures.Figure]] = {
     "modes": lambda history: figures.mode_decay(history, [1, 2, 1000]),
     "gram": lambda history: figures.gram(history[-1] if history else skipped()),
     "scalars": figures.scalars,
+    "learning rate interval": figures.learning_rate_interval,
+    "loss forecast": figures.loss_forecast,
+    "forecast error": figures.forecast_error,
+    "residual reach": figures.residual_reach,
+    "layer updates": figures.layer_updates,
+    "named residuals": figures.named_residuals,
+    "runs": lambda history: figures.runs_compared({"a": history, "b": history[:1]}),
     "scalars in one column": lambda history: figures.scalars(history, columns=1),
 }
 

@@ -2,7 +2,8 @@
 
 A command's module has a docstring (first line: what it does), an `EXAMPLE`, `add(parser)` that declares its options and
 `run(**options)` that returns the exit code. It imports torch and Lightning inside `run`, so that --help is quick.
-Exit codes: 0 done, 2 bad input (one sentence on stderr; --debug shows the traceback), 130 interrupted.
+Exit codes: 0 done, 1 findings of severity error with --strict, 2 bad input (one sentence on stderr; --debug shows the
+traceback), 130 interrupted.
 """
 
 import importlib
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PROGRAM = "ntk-monitor"
-COMMANDS = ("demo",)
+COMMANDS = ("demo", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 
 A convolutional network learns scikit-learn's handwritten digits for about
 a minute while NTKMonitor measures its tangent kernel. Ends with a table in
-plain words, the figures as PNG files and the TensorBoard command.
+plain words, an HTML report, the figures as PNG files and the TensorBoard
+command.
 """
 
 import contextlib
@@ -18,12 +19,9 @@ from typing import TYPE_CHECKING
 from ntk_monitor.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
-    from ntk_monitor.health import Finding
     from ntk_monitor.history import History
 
 EXAMPLE = "ntk-monitor demo --epochs 18 --out runs/demo"
@@ -61,11 +59,14 @@ def run(epochs: int, every: int, out: str, seed: int, open: bool) -> int:  # noq
     console = Console(highlight=False)
     console.print("A small convolutional network learns handwritten digits (scikit-learn, 8 x 8).")
     accuracy = _train(epochs, every, directory, seed, console)
+    from ntk_monitor.cli.words import print_summary
     from ntk_monitor.history import load_history
+    from ntk_monitor.report import write
 
     history = load_history(directory)
-    _print_table(history, console)
+    print_summary(history, console)
     _draw(history, directory / "figures")
+    write({directory.name: history}, directory / "report.html")
     if accuracy is None:
         console.print("Interrupted: what was measured until then is kept.")
     else:
@@ -127,36 +128,6 @@ def _train(epochs: int, every: int, directory: Path, seed: int, console: "Consol
     return None if trainer.interrupted else float(trainer.callback_metrics["val_accuracy"])
 
 
-def _print_table(history: "History", console: "Console") -> None:
-    from rich import box
-    from rich.table import Table
-
-    from ntk_monitor.health import findings, text
-    from ntk_monitor.summary import rows
-
-    table = Table(box=box.SIMPLE_HEAD, show_lines=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("quantity", style="bold", max_width=18)
-    table.add_column("at the last probe", max_width=24)
-    table.add_column("what it means")
-    for row in rows(history.snapshots):
-        table.add_row(row.quantity, row.value, row.meaning)
-    console.print(table)
-    for note in history.notes:
-        console.print(note, markup=False)
-    found = findings(history.snapshots)
-    console.print(f"Health: {_counted(found)}", markup=False)
-    if shown := text([one for one in found if one.severity != "info"]):
-        console.print(shown, markup=False, soft_wrap=True)
-
-
-def _counted(found: "Sequence[Finding]") -> str:
-    errors, warnings, notes = (sum(one.severity == kind for one in found) for kind in ("error", "warning", "info"))
-    if not errors and not warnings:
-        rest = f", {notes} remarks (ntk_monitor.health.findings)" if notes else ""
-        return f"no error and no warning{rest}."
-    return f"{errors} errors, {warnings} warnings, {notes} remarks."
-
-
 def _draw(history: "History", directory: Path) -> None:
     """Write every figure as PNG."""
     from ntk_monitor import figures
@@ -167,6 +138,9 @@ def _draw(history: "History", directory: Path) -> None:
         "spectrum": figures.spectrum(shown),
         "spectrum_over_training": figures.spectrum_over_training(shown),
         "residual_bands": figures.residual_bands(shown),
+        "learning_rate_interval": figures.learning_rate_interval(shown),
+        "loss_forecast": figures.loss_forecast(shown),
+        "layer_updates": figures.layer_updates(shown),
         "scalars": figures.scalars(shown),
     }
     for last in [snapshot for snapshot in shown if snapshot.gram.size][-1:]:
@@ -178,6 +152,7 @@ def _draw(history: "History", directory: Path) -> None:
 
 def _print_places(directory: Path, console: "Console") -> None:
     places = {
+        "report": f"{directory / 'report.html'}",
         "figures": f"{directory / 'figures'}/*.png",
         "record": f"{directory}, read back by ntk_monitor.load_history({str(directory)!r})",
         "TensorBoard": f"{_tensorboard()} --logdir {shlex.quote(str(directory))}",

@@ -6,10 +6,18 @@ is not finite, or not positive on a logarithmic axis, becomes None: a gap. `layo
 sentence what is drawn, for the page to show beside the title. A figure without data carries the reason in its middle.
 """
 
+from ntk_monitor.figures.directions import named_residuals as named_residuals
+from ntk_monitor.figures.forecast import forecast_error as forecast_error
+from ntk_monitor.figures.forecast import loss_forecast as loss_forecast
 from ntk_monitor.figures.gram import gram as gram
+from ntk_monitor.figures.layers import layer_updates as layer_updates
 from ntk_monitor.figures.residual import mode_decay as mode_decay
 from ntk_monitor.figures.residual import residual_bands as residual_bands
+from ntk_monitor.figures.residual import residual_reach as residual_reach
+from ntk_monitor.figures.runs import runs_compared as runs_compared
 from ntk_monitor.figures.scalars import scalars as scalars
 from ntk_monitor.figures.spectrum import spectrum as spectrum
 from ntk_monitor.figures.spectrum import spectrum_over_training as spectrum_over_training
+from ntk_monitor.figures.stability import learning_rate_interval as learning_rate_interval
+from ntk_monitor.figures.stability import learning_rates as learning_rates
 from ntk_monitor.figures.style import Figure as Figure

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ntk_monitor.bands import NAMES, band_energy, bands
+from ntk_monitor.bands import NAMES, REACH, band_energy, bands, reach_energy
 from ntk_monitor.figures.style import (
     BAND_COLOURS,
     MODE_COLOURS,
@@ -20,6 +20,8 @@ from ntk_monitor.figures.style import (
     numbers,
 )
 from ntk_monitor.snapshot import ARRAYS, Snapshot
+
+_REACH_COLOURS = ("#2e9e55", "#9fd3a8", "#e07b00", "#b0b0b0")
 
 
 def residual_bands(snapshots: Sequence[Snapshot]) -> Figure:
@@ -57,6 +59,33 @@ def residual_bands(snapshots: Sequence[Snapshot]) -> Figure:
         hovermode="x unified",
         barmode="stack",
         annotations=[note(off, size=11, width=60, y=1.01, yanchor="bottom")] if off else [],
+    )
+    return {"data": data, "layout": layout}
+
+
+def residual_reach(snapshots: Sequence[Snapshot]) -> Figure:
+    """Return the share of the residual that the remaining steps will learn, at every probe that simulated it, to 1."""
+    title = "Residual in reach of the steps left"
+    drawn = [(s, energy) for s in measured(snapshots) if (energy := reach_energy(s))]
+    if not drawn:
+        reasons = [s.texts[key] for s in snapshots for key in ("ahead", "forecast") if key in s.texts]
+        return empty(title, f"Not simulated: {reasons[-1]}" if reasons else "The rest of the run was not simulated.")
+    at = [f"step {s.step}" for s, _ in drawn]
+    data = []
+    for name, colour in zip(REACH, _REACH_COLOURS, strict=True):
+        shares = numbers([energy[name] for _, energy in drawn])
+        bar = {"type": "bar", "x": at, "y": shares, "name": name, "marker": {"color": colour}}
+        data.append(bar | {"hovertemplate": "%{y:.1%}"})
+    layout = layout_of(
+        title,
+        "Share of the probe's residual energy in modes whose energy falls to a tenth within the remaining steps, from "
+        "a simulation with the kernel of that step and the learning rates to come.",
+        xaxis={"type": "category"},
+        yaxis={"title": {"text": "share of the residual's energy"}, "range": [0, 1]},
+        showlegend=True,
+        legend={"orientation": "h", "y": -0.2},
+        hovermode="x unified",
+        barmode="stack",
     )
     return {"data": data, "layout": layout}
 
