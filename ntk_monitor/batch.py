@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,20 +15,28 @@ Batch: TypeAlias = Any
 """A tensor or a nest of them. Leaves that are no tensors, and 0-dimensional tensors, belong to every sample alike."""
 
 
-def mapped(batch: Batch, change: Callable[[Tensor], Any]) -> Any:
-    """Return the same nest with `change` applied to every tensor. Mappings become plain dicts."""
-    if isinstance(batch, Tensor):
+def mapped(batch: Batch, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """Return the same nest with `change` applied to every leaf of a kind, tensors by default.
+
+    Mappings become plain dicts.
+    """
+    if isinstance(batch, kind):
         return change(batch)
     if isinstance(batch, Mapping):
-        return {key: mapped(value, change) for key, value in batch.items()}
+        return {key: mapped(value, change, kind) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(mapped(value, change) for value in batch))
+        return type(batch)(*(mapped(value, change, kind) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(mapped(value, change) for value in batch)
+        return type(batch)(mapped(value, change, kind) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        changes = {f.name: mapped(getattr(batch, f.name), change) for f in dataclasses.fields(batch) if f.init}
+        changes = {f.name: mapped(getattr(batch, f.name), change, kind) for f in dataclasses.fields(batch) if f.init}
         return dataclasses.replace(batch, **changes)
     return batch
+
+
+def tensored(batch: Batch) -> Batch:
+    """Return the same nest with every numpy array of numbers as a tensor of the same dtype."""
+    return mapped(batch, lambda a: torch.from_numpy(a.copy()) if a.dtype.kind in "biufc" else a, np.ndarray)
 
 
 def tensors(batch: Batch) -> list[Tensor]:
@@ -107,10 +116,16 @@ def digest(*batches: Batch) -> str:
     state = hashlib.sha256()
     for batch in batches:
         for t in tensors(batch):
-            plain = t.detach().cpu().contiguous()
-            state.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-            state.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+            state.update(f"{t.dtype}{tuple(t.shape)}".encode())
+            state.update(raw_bytes(t).numpy().tobytes())
     return state.hexdigest()[:16]
+
+
+def raw_bytes(t: Tensor) -> Tensor:
+    """Return the values of a dense tensor as bytes on the CPU, row-major, in the machine's byte order."""
+    flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    # A single element counts as contiguous whatever its stride, and then cannot be viewed as bytes.
+    return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,23 +3,19 @@
 Drawn once, owned (copied), hashed. Drawing touches no random state and no iterator of the training loader.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ntk_monitor.batch import Batch, digest, owned, size, take, tensors
+from ntk_monitor.batch import Batch, digest, owned, size, take, tensored, tensors
+from ntk_monitor.drawing import fetched, indexed, places, weighted
 from ntk_monitor.errors import InputError
-from ntk_monitor.guard import random_state, seeded
-
-Labels = NDArray[np.int64]
-
-_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+from ntk_monitor.labels import TARGET_KEYS, Labels, cheap_labels, class_labels, stratified
+from ntk_monitor.streams import first, streaming
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +54,11 @@ class Probe:
         """Class of each sample, or None when the targets are no class labels."""
         return class_labels(self.targets) if isinstance(self.targets, Tensor) else None
 
+    @property
+    def bytes(self) -> int:
+        """What its samples take in memory."""
+        return sum(t.numel() * t.element_size() for t in [*tensors(self.inputs), *tensors(self.targets)])
+
     def copied(self) -> "Probe":
         """Return the same probe in memory of its own."""
         return replace(self, inputs=owned(self.inputs), targets=owned(self.targets))
@@ -67,8 +68,9 @@ class Probe:
         """Return a probe from whatever a user has.
 
         Args:
-            data: a Probe; (inputs, targets); a tensor or dict of inputs; a map-style Dataset or a DataLoader over one,
-                of which `samples` are drawn.
+            data: a Probe; (inputs, targets); a tensor, array or dict of inputs; a dataset or a DataLoader over one, of
+                which `samples` are drawn. A dataset is torch's, or anything with a length and items; of an iterable one
+                the first samples are read from a copy.
             samples: how many to draw; a set that holds fewer is taken whole.
             seed: of the draw.
 
@@ -77,21 +79,15 @@ class Probe:
         """
         if isinstance(data, Probe):
             return data
-        if isinstance(data, DataLoader):
-            if data.batch_sampler is None and not isinstance(data.dataset, IterableDataset):
-                raise InputError(
-                    "a probe is drawn sample by sample, got a DataLoader with batch_size=None, whose dataset yields "
-                    "whole batches; pass probe=(inputs, targets)"
-                )
-            return draw(data.dataset, samples, seed, collate=data.collate_fn)
-        if isinstance(data, Dataset):
-            return draw(data, samples, seed)
-        if isinstance(data, Tensor):
-            return Probe(data).copied()
-        if isinstance(data, (tuple, list)) and len(data) == 2:
-            return Probe(data[0], data[1]).copied()
-        if isinstance(data, Mapping):
-            return from_batch(data, size(data), "given")
+        if dataset_of(data) is not None:
+            return stream(data, samples, seed) if streaming(data) else draw(data, samples, seed)
+        given = tensored(data)
+        if isinstance(given, Tensor):
+            return Probe(given).copied()
+        if isinstance(given, (tuple, list)) and len(given) == 2:
+            return Probe(given[0], given[1]).copied()
+        if isinstance(given, Mapping):
+            return Probe(*split(given)).copied()
         raise InputError(
             f"probe must be an int, (inputs, targets), a Dataset, a DataLoader or a Probe, got {type(data).__name__}"
         )
@@ -99,7 +95,7 @@ class Probe:
 
 def indexable(loader: DataLoader[Any]) -> bool:
     """True when single samples can be taken from the loader's dataset and put together by its `collate_fn`."""
-    return not isinstance(loader.dataset, IterableDataset) and loader.batch_sampler is not None
+    return not streaming(loader)
 
 
 def default_samples(outputs: int) -> int:
@@ -107,46 +103,100 @@ def default_samples(outputs: int) -> int:
     return max(64, min(512, 1024 // max(outputs, 1)))
 
 
-def draw(dataset: Any, samples: int, seed: int = 0, *, collate: Callable[[list[Any]], Any] | None = None) -> Probe:
+def draw(data: Any, samples: int, seed: int = 0) -> Probe:
     """Draw samples from a map-style dataset, proportionally stratified where class labels can be read cheaply.
 
     The dataset's own random generators and all global ones are left as they were; augmentation is frozen at this draw.
 
+    Args:
+        data: the dataset, or a DataLoader over one, whose `collate_fn` makes the batch; samples that its sampler leaves
+            out (SubsetRandomSampler) are left out here.
+        samples: how many; a set that holds fewer is taken whole.
+        seed: of the choice, and of the augmentation.
+
     Raises:
-        InputError: an iterable-style, empty or unsized dataset.
+        InputError: an iterable-style, empty or unsized dataset, or samples that do not fit together.
     """
+    dataset = dataset_of(data)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"a probe is drawn by index, got {type(dataset).__name__}; pass probe=(inputs, targets)")
-    total = len(dataset)
+    allowed = places(data) if isinstance(data, DataLoader) else None
+    total = len(dataset) if allowed is None else len(allowed)
     if total == 0 or samples < 1:
         raise InputError(f"wanted {samples} samples, the dataset has {total}; pass a non-empty one")
     labels = cheap_labels(dataset)
+    if labels is not None and allowed is not None:
+        labels = labels[allowed]
     chosen = stratified(labels, samples, seed) if labels is not None else _random(total, samples, seed)
-    with random_state(dataset, collate):
-        seeded(seed)
-        items = (
-            dataset.__getitems__(chosen) if hasattr(dataset, "__getitems__") else [dataset[index] for index in chosen]
-        )
-        batch = (collate or default_collate)(items)
     how = "stratified by class" if labels is not None else "at random"
-    return from_batch(
-        batch, len(chosen), f"{len(chosen)} of {total} training samples, drawn {how}, seed {seed}", tuple(chosen)
+    if isinstance(data, DataLoader) and weighted(data):
+        how += " (the weights of the loader's sampler are not applied)"
+    source = f"{len(chosen)} of {total} training samples, drawn {how}, seed {seed}"
+    indices = chosen if allowed is None else [int(allowed[place]) for place in chosen]
+    return redrawn(data, indices, seed, source)
+
+
+def redrawn(data: Any, indices: Sequence[int], seed: int, source: str) -> Probe:
+    """Take samples by their places in a map-style dataset; the same seed freezes the same augmentation.
+
+    Args:
+        data: the dataset, or a DataLoader over one, whose `collate_fn` makes the batch.
+        indices: places of the samples.
+        seed: of the augmentation.
+        source: where the samples come from, in words.
+
+    Raises:
+        InputError: samples that torch's own collation cannot put together.
+    """
+    collate = data.collate_fn if isinstance(data, DataLoader) else None
+    batch, varies = fetched(dataset_of(data), indices, seed, collate)
+    frozen = ", augmentation frozen at this draw"
+    if varies and not source.endswith(frozen):
+        source += frozen
+    return from_batch(batch, len(indices), source, indices)
+
+
+def stream(data: Any, samples: int, seed: int = 0, skip: int = 0) -> Probe:
+    """Take the first samples of an iterable dataset, or of a loader of whole batches, from a copy of it.
+
+    Args:
+        data: an IterableDataset, a DataLoader over one, or a DataLoader with batch_size=None.
+        samples: how many; a shorter stream is taken whole.
+        seed: of the random numbers that the stream draws on the way.
+        skip: samples to leave out at the beginning.
+
+    Raises:
+        InputError: a data set that cannot be copied, or that yields nothing.
+    """
+    batch = first(data, samples, seed, skip)
+    name = type(dataset_of(data)).__name__
+    found = from_batch(batch, samples, "")
+    return replace(
+        found,
+        source=f"the first {found.samples} samples of a copy of {name}, in its own order; shuffling and augmentation "
+        f"frozen at this draw, seed {seed}{found.source}",
     )
 
 
 def dataset_of(data: Any) -> Any:
-    """Return the dataset behind a DataLoader or a Dataset, or None for other data."""
-    return data.dataset if isinstance(data, DataLoader) else data if isinstance(data, Dataset) else None
+    """Return the dataset behind a DataLoader, or data that is a dataset itself, or None for other data."""
+    if isinstance(data, DataLoader):
+        return data.dataset
+    return data if isinstance(data, Dataset) or indexed(data) else None
 
 
 def population_of(data: Any) -> int | None:
     """Return how many samples a training set has, in the forms of `Probe.of`; None for a draw, and without a length."""
-    whole = data[0] if isinstance(data, (tuple, list)) and len(data) == 2 else dataset_of(data)
-    if data is None or isinstance(data, Probe) or whole is None:
+    whole = data[0] if isinstance(data, (tuple, list)) and len(data) == 2 else data
+    if whole is None or isinstance(whole, Probe):
         return None
-    if isinstance(whole, Dataset):
-        return len(whole) if hasattr(whole, "__len__") else None
-    return size(whole)
+    dataset = dataset_of(whole)
+    if dataset is None:
+        return size(tensored(whole))
+    allowed = places(whole) if isinstance(whole, DataLoader) else None
+    if allowed is not None:
+        return len(allowed)
+    return len(dataset) if hasattr(dataset, "__len__") else None
 
 
 def beside(data: Any, probe: Probe, samples: int, seed: int) -> Probe | None:
@@ -161,7 +211,12 @@ def beside(data: Any, probe: Probe, samples: int, seed: int) -> Probe | None:
     Returns:
         The samples, or None where the set holds no others.
     """
-    pool = Probe.of(data, samples + len(probe.indices), seed)
+    if streaming(data):
+        pool = _rest(data, probe, samples, seed)
+        if pool is None:
+            return None
+    else:
+        pool = Probe.of(data, samples + len(probe.indices), seed)
     known = set(probe.indices)
     free = [row for row in range(pool.samples) if not pool.indices or pool.indices[row] not in known]
     order = np.random.default_rng(seed).permutation(len(free))[:samples]
@@ -173,9 +228,20 @@ def beside(data: Any, probe: Probe, samples: int, seed: int) -> Probe | None:
 
 
 def from_batch(batch: Any, samples: int, source: str, indices: Sequence[int] = ()) -> Probe:
-    """Return the first samples of a training batch as a probe."""
+    """Return the first samples of a training batch as a probe.
+
+    Targets without one tensor row per sample (words, boxes) are left out, and `source` says so: the kernel needs none.
+    """
     inputs, targets = split(batch)
-    rows = slice(0, min(samples, size(inputs)))
+    n = size(inputs)
+    if targets is not None:
+        try:
+            fits = size(targets) == n
+        except InputError:
+            fits = False
+        if not fits:
+            targets, source = None, f"{source}; targets left out, as they are no tensors with one row per sample"
+    rows = slice(0, min(samples, n))
     return Probe(take(inputs, rows), take(targets, rows), source, tuple(indices)).copied()
 
 
@@ -189,7 +255,7 @@ def split(batch: Any) -> tuple[Batch, Any]:
         InputError: a sequence of more than two elements, where guessing would be wrong silently.
     """
     if isinstance(batch, Mapping):
-        key = next((k for k in _TARGET_KEYS if k in batch), None)
+        key = next((k for k in TARGET_KEYS if k in batch), None)
         rest = {k: v for k, v in batch.items() if k != key}
         return rest, None if key is None else batch[key]
     if isinstance(batch, (tuple, list)):
@@ -202,54 +268,14 @@ def split(batch: Any) -> tuple[Batch, Any]:
     return batch, None
 
 
-def class_labels(targets: Tensor) -> Labels | None:
-    """Return integer class labels (N,), or None for counts, ages, token ids and anything that is no class.
-
-    Integer targets are classes when at most half of their values are distinct; floating ones when all are 0 or 1, as
-    binary cross-entropy wants them.
-    """
-    flat = targets.detach().cpu()
-    if flat.is_complex() or flat.dim() == 0 or flat.numel() != flat.shape[0]:
-        return None
-    if flat.is_floating_point() and not bool(((flat == 0) | (flat == 1)).all()):
-        return None
-    values: Labels = flat.reshape(-1).numpy().astype(np.int64)
-    return values if len(np.unique(values)) <= max(1, len(values) // 2) else None
-
-
-def cheap_labels(dataset: Any) -> Labels | None:
-    """Return the class of every sample without loading samples, or None when that is not possible."""
-    if isinstance(dataset, Subset):
-        whole = cheap_labels(dataset.dataset)
-        return None if whole is None else whole[np.asarray(dataset.indices, dtype=np.int64)]
-    if isinstance(dataset, TensorDataset):
-        return class_labels(dataset.tensors[-1]) if len(dataset.tensors) == 2 else None
-    for name in ("targets", "labels", "y"):
-        values = getattr(dataset, name, None)
-        if isinstance(values, (list, np.ndarray, Tensor)) and len(values) == len(dataset):
-            try:
-                return class_labels(torch.as_tensor(values))
-            except (TypeError, ValueError, RuntimeError):
-                return None
-    return None
-
-
-def stratified(labels: Labels, samples: int, seed: int) -> list[int]:
-    """Return sorted indices, each class in proportion to its share (largest remainder)."""
-    generator = np.random.default_rng(seed)
-    samples = min(samples, len(labels))
-    classes, counts = np.unique(labels, return_counts=True)
-    exact = counts * samples / len(labels)
-    quota = np.floor(exact).astype(int)
-    largest = np.argsort(-(exact - quota), kind="stable")[: samples - quota.sum()]
-    quota[largest] += 1
-    chosen = [
-        generator.choice(np.flatnonzero(labels == label), size=q, replace=False)
-        for label, q in zip(classes, quota, strict=True)
-    ]
-    return sorted(int(i) for i in np.concatenate(chosen))
-
-
 def _random(total: int, samples: int, seed: int) -> list[int]:
     generator = np.random.default_rng(seed)
     return sorted(int(i) for i in generator.choice(total, size=min(samples, total), replace=False))
+
+
+def _rest(data: Any, probe: Probe, samples: int, seed: int) -> Probe | None:
+    """Return what a stream gives after as many samples as the probe has, or None when it ends there."""
+    try:
+        return stream(data, samples, seed, skip=probe.samples)
+    except InputError:
+        return None

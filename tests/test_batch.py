@@ -4,13 +4,14 @@ from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ntk_monitor.batch import Flat, digest, joined, mapped, moved, owned, size, take, tensors
+from ntk_monitor.batch import Flat, digest, joined, mapped, moved, owned, size, take, tensored, tensors
 from ntk_monitor.errors import InputError
 
 Named = namedtuple("Named", ["x", "y"])
@@ -123,6 +124,27 @@ def test_digests_tell_dtypes_apart_and_are_stable() -> None:
     # A change of this value makes every resumed run say that its probe was lost.
     assert digest(torch.arange(3)) == "bbfdfa1ecf21e208"
     assert digest(torch.empty(0, 2)) != digest(torch.empty(0, 3))
+
+
+def test_digests_look_through_views() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    for view in (x.T, x[:, ::2], x[:1, :1].expand(4, 4), x[0, ::2][:1], torch.tensor([1 + 2j]).conj(), x[:0]):
+        assert digest(view) == digest(view.resolve_conj().clone(memory_format=torch.contiguous_format))
+
+
+def test_arrays_become_tensors() -> None:
+    batch: dict[str, Any] = {
+        "x": np.arange(6.0)[::-1],
+        "pair": (np.ones(2, dtype=np.int16), [np.array(["a"])]),
+        "t": torch.ones(1),
+    }
+    got = tensored(batch)
+    assert torch.equal(got["x"], torch.arange(5.0, -1, -1, dtype=torch.float64))
+    assert got["pair"][0].dtype == torch.int16
+    assert isinstance(got["pair"][1][0], np.ndarray)
+    assert got["t"] is batch["t"]
+    batch["x"][:] = 0
+    assert got["x"].any()
 
 
 def test_taken_apart_and_put_together() -> None:

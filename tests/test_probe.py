@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from ntk_monitor.errors import InputError
-from ntk_monitor.probe import Probe, cheap_labels, class_labels, default_samples, draw, from_batch, split, stratified
+from ntk_monitor.labels import cheap_labels, class_labels, stratified
+from ntk_monitor.probe import Probe, default_samples, draw, from_batch, split
 
 
 def data(n: int = 30) -> TensorDataset:
@@ -114,7 +115,7 @@ def test_labels_are_read_without_loading_samples(name: str, kind: Any) -> None:
     np.testing.assert_array_equal(cheap_labels(Subset(half, [0, 19])), [0, 1])
     assert dataset.loaded == []
     probe = draw(half, 4)
-    assert len(dataset.loaded) == 4
+    assert {index - 10 for index in dataset.loaded} == set(probe.indices)
     np.testing.assert_array_equal(probe.labels, [0, 0, 1, 1])
     assert "4 of 20 training samples, drawn stratified by class, seed 0" in probe.source
 
@@ -129,10 +130,22 @@ def test_labels_of_another_kind_are_left_alone(labels: Any) -> None:
 
 
 def test_sets_without_cheap_labels_are_drawn_at_random() -> None:
-    probe = draw(ConcatDataset([data(), data()]), 8, seed=3)
+    plain = TensorDataset(torch.arange(30.0)[:, None])
+    probe = draw(plain, 8, seed=3)
     assert probe.samples == 8
-    assert "drawn at random, seed 3" in probe.source
-    assert draw(ConcatDataset([data(), data()]), 8, seed=4).indices != probe.indices
+    assert probe.source == "8 of 30 training samples, drawn at random, seed 3"
+    assert draw(plain, 8, seed=4).indices != probe.indices
+    assert cheap_labels(ConcatDataset([data(), plain])) is None
+
+
+def test_concatenated_sets_are_stratified_over_all_of_their_parts() -> None:
+    parts = [data(30), Subset(data(60), range(30, 42))]
+    both: ConcatDataset[Any] = ConcatDataset(parts)
+    np.testing.assert_array_equal(cheap_labels(both), [int(both[i][1]) for i in range(42)])
+    probe = draw(both, 14)
+    assert probe.labels is not None
+    np.testing.assert_array_equal(np.bincount(probe.labels), [5, 5, 4])  # 42 = 14 + 14 + 14: 14 / 3 each
+    assert torch.equal(probe.inputs, torch.stack([both[i][0] for i in probe.indices]))
 
 
 def test_drawing_leaves_every_generator_where_it_was() -> None:
@@ -187,15 +200,16 @@ def test_a_loader_gives_its_collation_though_not_its_order() -> None:
 
 def test_batched_fetching_is_used_where_the_set_offers_it() -> None:
     class Batched(TensorDataset):
-        asked: list[int]
+        asked: list[list[int]]
 
         def __getitems__(self, indices: list[int]) -> list[Any]:
-            self.asked = indices
+            self.asked.append(list(indices))
             return [self[i] for i in indices]
 
     dataset = Batched(*data().tensors)
+    dataset.asked = []
     probe = draw(dataset, 4)
-    assert probe.indices == tuple(dataset.asked)
+    assert probe.indices == tuple(dataset.asked[0])
 
 
 class Stream(IterableDataset[Any]):
@@ -204,13 +218,9 @@ class Stream(IterableDataset[Any]):
 
 
 def test_what_cannot_be_drawn_from_is_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"drawn sample by sample, got a DataLoader with batch_size=None.*; pass probe="
-    ):
-        Probe.of(DataLoader(data(), batch_size=None), 4)
-    for source in (Stream(), DataLoader(Stream(), 2), DataLoader(Stream(), batch_size=None)):
+    for source in (Stream(), DataLoader(Stream(), 2)):
         with pytest.raises(InputError, match=r"drawn by index, got Stream; pass probe=\(inputs, targets\)"):
-            Probe.of(source, 4)
+            draw(source, 4)
     with pytest.raises(InputError, match=r"wanted 4 samples, the dataset has 0; pass a non-empty one"):
         draw(TensorDataset(torch.ones(0, 2)), 4)
     with pytest.raises(InputError, match=r"wanted 0 samples, the dataset has 30"):
