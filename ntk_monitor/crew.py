@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ class CrewError(NTKMonitorError):
     """The other processes of this run cannot be reached, or one of them could not do its part."""
 
 
+@runtime_checkable
 class Crew(Protocol):
     """What a monitor needs of the processes of its run. Every method is called by all of them, in the same order."""
 
