@@ -1,4 +1,4 @@
-"""Borrow global state and give it back: random generators, gradient mode, autocast, matmul precision.
+"""Borrow global state and give it back: random generators here, torch's switches in `settings`.
 
 Whatever happens inside `undisturbed`, an exception or Ctrl-C included, everything below is restored on the way out.
 """
@@ -11,6 +11,8 @@ from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
+
+from ntk_monitor.settings import measuring
 
 
 @contextlib.contextmanager
@@ -39,17 +41,12 @@ def random_state(*owners: object) -> Iterator[None]:
 def undisturbed(*owners: object, seed: int | None = None) -> Iterator[None]:
     """Measure in a fixed numerical environment and leave no trace of it.
 
-    Inside: gradients on, inference mode off, autocast off, float32 products in full precision (no TF32), and, with
-    `seed`, freshly seeded generators, so that a network that draws random numbers is the same at every probe.
+    Inside: what `settings.measuring` sets (gradients, plain float32, nothing compiled), and, with `seed`, freshly
+    seeded generators, so that a network that draws random numbers is the same at every probe.
     """
-    devices = [d for d in ("cuda", "cpu", "mps", "xpu") if torch.is_autocast_enabled(d)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state(*owners))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_full_precision())
+        stack.enter_context(measuring())
         # Warnings raised by the user's forward belong to training, where they have been shown already; under
         # `-W error` they would also abort the measurement.
         stack.enter_context(warnings.catch_warnings())
@@ -69,37 +66,6 @@ def seeded(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Compute float32 products in float32: TF32 or bfloat16 inside would lose eigenvalues below 1e-8 of the largest.
-
-    torch >= 2.9 has one switch per backend; older versions have the two TF32 flags. Mixing both kinds makes torch
-    raise, so only one kind is ever touched.
-    """
-    backends = torch.backends
-    switches: list[tuple[Any, str, Any]]
-    if hasattr(backends.cuda.matmul, "fp32_precision"):
-        owners = (
-            backends.cuda.matmul,
-            backends.cudnn.conv,  # type: ignore[attr-defined]
-            backends.cudnn.rnn,
-            backends.mkldnn.matmul,  # type: ignore[attr-defined]
-            backends.mkldnn.conv,  # type: ignore[attr-defined]
-            backends.mkldnn.rnn,  # type: ignore[attr-defined]
-        )
-        switches = [(owner, "fp32_precision", "ieee") for owner in owners]
-    else:
-        switches = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-    before = [getattr(owner, name) for owner, name, _ in switches]
-    try:
-        for owner, name, value in switches:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
 
 
 Generator: TypeAlias = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
