@@ -37,8 +37,8 @@ class Coverage:
         frozen: without `requires_grad`.
         unselected: left out by `params`.
         unused: no operation of the measured forward pass takes them (an auxiliary head, an expert no sample went to).
-        detached: used behind `no_grad`, `detach` or `item`, as in training: neither autograd nor an optimizer step
-            moves these outputs through them, so that a kernel without them is exact.
+        detached: computed with, but cut off from the gradients of these outputs, in training mode too: behind `no_grad`
+            or `detach`, or part of another output. A kernel without them is exact, as autograd has it.
         unreachable: used without gradients in the measured forward pass, but with gradients in training mode. A kernel
             without them is partial.
     """
@@ -94,7 +94,7 @@ class Coverage:
                 "gradients on, or leave them out with params="
             )
         if not self.covered:
-            how = "uses them without gradients (no_grad, detach)" if self.detached else "does not use them"
+            how = "cuts them off (no_grad, detach, another output)" if self.detached else "does not use them"
             raise NetworkError(
                 f"the kernel would be zero: no output depends on {_counted(self.unused | self.detached)}, "  # type: ignore[operator]
                 f"as the forward pass {how}; widen params=, or pass forward=callable(module, inputs)"

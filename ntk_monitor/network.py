@@ -139,7 +139,8 @@ class Network:
 
     def prepared(self, inputs: Batch) -> Batch:
         """Return the inputs on the network's device, floating ones at least as wide as its narrowest parameter."""
-        narrowest = min({p.dtype for p in self.parameters.values()}, key=lambda dtype: dtype.itemsize)
+        # Complex parameters may take real inputs (a spectral filter behind a Fourier transform).
+        narrowest = min({p.dtype.to_real() for p in self.parameters.values()}, key=lambda dtype: dtype.itemsize)
         return moved(inputs, self.device, narrowest)
 
     def outputs(self, inputs: Batch) -> Tensor:

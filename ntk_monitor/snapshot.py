@@ -26,14 +26,16 @@ def _nothing() -> Floats:
 class Snapshot:
     """Everything one probe measured, in numpy float64, with what is needed to judge it.
 
-    A skipped probe has `status="skipped"`, the `reason`, and empty arrays.
+    A skipped probe has `status="skipped"`, the `reason`, and empty arrays. A light one has the scalars that it measured
+    and, of the arrays, only `carried`.
     """
 
     step: int
     """Optimizer steps taken when the weights were measured."""
     wall_time: float
     """Seconds since the Unix epoch, at the end of the probe."""
-    status: Literal["measured", "skipped"] = "measured"
+    status: Literal["measured", "light", "skipped"] = "measured"
+    """"light": between two full probes, without kernel and spectrum (see `ntk_monitor.tiers`)."""
     reason: str = ""
     """Why the probe was skipped, in one sentence; empty when it was measured."""
     epoch: int | None = None
@@ -90,7 +92,7 @@ class Snapshot:
     directions: tuple[str, ...] = ()
     """Named directions of the residual (classes, outputs, tasks): the names along the axis "direction"."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """What the probe cost, by stage."""
+    """What the probe cost, by stage; "write" is what writing the probe before it took."""
 
     eigenvalues: Floats = field(default_factory=_nothing)
     rates: Floats = field(default_factory=_nothing)
@@ -116,6 +118,8 @@ class Snapshot:
     gram: Floats = field(default_factory=_nothing)
 
     def __repr__(self) -> str:
+        if self.status == "light":
+            return f"Snapshot(step={self.step}, light: since the probe at step {self.previous_step})"
         what = f"{self.kernel} kernel, {self.samples} samples x {self.outputs} outputs, rank {self.rank}"
         return f"Snapshot(step={self.step}, {self.status}: {self.reason or what})"
 
@@ -239,8 +243,10 @@ FACTS: dict[str, str] = {
     "coverage": "trainable parameters that the kernel holds over all trainable ones, fraction",
     "unselected": "trainable parameters that params= leaves out of the kernel, parameters",
     "unused": "selected parameters that no operation of the measured forward pass takes, parameters",
-    "detached": "selected parameters used without gradients only (no_grad, detach), as in training, parameters",
+    "detached": "selected parameters that are cut off from gradients of the outputs, see Coverage, parameters",
     "accuracy": "share of probe samples whose largest output is their class, fraction",
+    "startup_seconds": "what the monitor took before its budget began to count, seconds",
+    "memory_limit": "most that blocks of the kernel's computation may take, bytes",
     "train_loss": "mean of the losses the trainer returned since the previous probe, loss units",
     "clip_coefficient": "mean factor by which clipping by norm shortened gradients since the previous probe, fraction",
     "sample_loo": "leave-one-sample-out error of kernel regression on the probe relative to predicting the mean",
@@ -263,7 +269,7 @@ TEXTS: dict[str, str] = {
     "weights": "which weights were measured, where a callback of the trainer keeps an average of them",
     "unselected": "names of trainable parameters that params= leaves out of the kernel, the first few",
     "unused": "names of selected parameters that no operation of the measured forward pass takes, the first few",
-    "detached": "names of selected parameters that are used without gradients only, the first few",
+    "detached": "names of selected parameters that are cut off from gradients of the outputs, the first few",
     "structural_zeros": "layers whose kernel is zero by construction (LoRA's A while B is zero, biases before norms)",
     "scale_free": "layers followed by a norm, whose kernel shrinks as 1 / |w|^2",
 }

@@ -72,7 +72,7 @@ def _kernel(last: Snapshot) -> Iterator[Row]:
 _LEFT_OUT = {
     "unselected": "left out by params=",
     "unused": "not used by the outputs",
-    "detached": "used without gradients (no_grad, detach), in training too",
+    "detached": "cut off from the outputs' gradients (no_grad, detach, another output)",
 }
 
 
