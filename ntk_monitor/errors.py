@@ -5,6 +5,7 @@ NTKMonitorError
 │   └── LossUnknownError    what was asked for needs the loss
 ├── NetworkError    a module whose parameters or outputs cannot be followed exactly
 ├── NumericsError   a kernel that is not finite, so that no spectrum exists
+├── CheckpointError a checkpoint that cannot be read, trusted or fitted to a model
 └── HistoryError    event files that hold no readable history
     └── DamagedRecordError    one record that holds other bytes than were written
 """
@@ -28,6 +29,10 @@ class NetworkError(NTKMonitorError):
 
 class NumericsError(NTKMonitorError, ArithmeticError):
     """A kernel holds NaN or infinity, so that no spectrum exists."""
+
+
+class CheckpointError(NTKMonitorError):
+    """A checkpoint cannot be read, is not trusted, or does not fit the model."""
 
 
 class HistoryError(NTKMonitorError):
