@@ -3,18 +3,17 @@
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from ntk_monitor.batch import tensors
 from ntk_monitor.errors import InputError
-from ntk_monitor.probe import Probe, default_samples
+from ntk_monitor.probe import Probe, dataset_of, default_samples
 
 
 def checked_probe(probe: Any, seed: int) -> Any:
     """Refuse at once what can never be a probe; keep what needs the Trainer for later."""
     if isinstance(probe, bool) or (isinstance(probe, int) and probe < 1):
         raise InputError(f"probe must hold at least 1 sample, got {probe!r}")
-    needs_trainer = probe is None or isinstance(probe, (int, Dataset, DataLoader))
+    needs_trainer = probe is None or isinstance(probe, int) or dataset_of(probe) is not None
     return probe if needs_trainer else Probe.of(probe, default_samples(1), seed)
 
 

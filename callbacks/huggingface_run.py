@@ -17,7 +17,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from ntk_monitor import board
+from ntk_monitor.callbacks.event_files import local_file
 from ntk_monitor.events import event
+from ntk_monitor.probe import Probe
+from ntk_monitor.probe_files import Manifest, save
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.recorder import Recorder
 from ntk_monitor.say import say
@@ -152,6 +155,17 @@ class HuggingFaceSink:
                 write()
             except Exception as error:  # noqa: BLE001 - a full disk or a lost server must not stop the run
                 say(f"probe at step {snapshot.step} could not be written: {type(error).__name__}: {error}")
+
+    def keep(self, probe: Probe, manifest: Manifest) -> None:
+        """Store the probe in the directory of the record; nowhere when that is far away.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        file = local_file(self.writer) if self.writer is not None else None
+        directory = self.recorder.log_dir if self.recorder is not None else file and file.parent
+        if directory is not None:
+            save(probe, directory, self._prefix, manifest=manifest)
 
     def flush(self) -> None:
         """Close what the end of training may have reopened."""

@@ -16,6 +16,8 @@ from ntk_monitor.callbacks.lightning_base import Trainer
 from ntk_monitor.errors import InputError, said
 from ntk_monitor.events import event
 from ntk_monitor.metrics import NAMES
+from ntk_monitor.probe import Probe
+from ntk_monitor.probe_files import Manifest, save
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.recorder import Recorder
 from ntk_monitor.say import say
@@ -78,6 +80,18 @@ class Sink:
                 write()
             except Exception as error:  # noqa: BLE001 - a full disk or a lost server must not stop the run
                 self._lose(f"{place}: {said(error, kind=True)}", snapshot.step)
+
+    def keep(self, probe: Probe, manifest: Manifest) -> None:
+        """Store the probe in the directory of the record; nowhere without a record, or when that is far away.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        writer = _writer(self._home)
+        file = None if writer is None else local_file(writer)
+        directory = self._directory if file is None else file.parent
+        if directory is not None:
+            save(probe, directory, self._prefix, manifest=manifest)
 
     def flush(self) -> None:
         """Push what was written towards the disk, and say how much could not be written."""

@@ -49,11 +49,16 @@ def drawn(trainer: Trainer, module: nn.Module, wanted: Any, recipe: Recipe) -> P
     if wanted is None or isinstance(wanted, int):
         data = trainer.train_dataloader
         # A hook that changes batches on their way to the device (normalisation on the GPU, say) is part of the data.
-        if not (isinstance(data, DataLoader) and indexable(data)) or _transforms(trainer):
+        if not isinstance(data, DataLoader) or _transforms(trainer):
             return None
+    try:
+        first = Probe.of(data, wanted if isinstance(wanted, int) else 2, recipe.seed)
+    except Exception:
+        if data is not wanted and not indexable(data):
+            return None  # a stream that cannot be read a second time: its first training batch will do
+        raise
     if isinstance(wanted, int):
-        return Probe.of(data, wanted, recipe.seed)
-    first = Probe.of(data, 2, recipe.seed)
+        return first
     probe = Probe.of(data, default_samples(outputs_per_sample(module, first, recipe)), recipe.seed)
     # Places in a set that is not trained on say nothing about the training set.
     return probe if dataset_of(data) is dataset_of(trainer.train_dataloader) else replace(probe, indices=())

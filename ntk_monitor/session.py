@@ -15,8 +15,11 @@ from ntk_monitor.errors import LossUnknownError, said
 from ntk_monitor.guard import random_state
 from ntk_monitor.harmless import Fingerprint
 from ntk_monitor.look import Measurement
+from ntk_monitor.manifest import manifest
 from ntk_monitor.matching import Matching
 from ntk_monitor.monitor import Monitor
+from ntk_monitor.probe import Probe
+from ntk_monitor.probe_files import Manifest
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.say import say
 from ntk_monitor.snapshot import Snapshot
@@ -34,6 +37,10 @@ class Sink(Protocol):
 
     def write(self, snapshot: Snapshot) -> None:
         """Log and store one probe."""
+        ...
+
+    def keep(self, probe: Probe, manifest: Manifest) -> None:
+        """Store the probe and how it was measured beside the records, once per run."""
         ...
 
     def flush(self) -> None:
@@ -66,6 +73,7 @@ class Session:
         # Probes that were taken and are not written yet, in the order of their steps; skipped ones are finished.
         self._pending: list[Measurement | Snapshot] = []
         self._failures: list[str] = []
+        self._kept = False
         self._looked = False
 
     def guarded(self, step: Callable[..., None], *arguments: Any) -> None:
@@ -311,3 +319,17 @@ class Session:
             if self.recipe.strict:
                 raise
             say(f"the probe at step {snapshot.step} could not be written: {said(error, kind=True)}")
+        self._keep(snapshot)
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        """Store the samples beside the first record, so that whoever analyses the run later measures the same ones."""
+        if self._kept or self.sink is None or self.monitor is None or snapshot.status == "skipped":
+            return
+        try:
+            self.sink.keep(self.monitor.probe, manifest(self.monitor, snapshot))
+            self._kept = True
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            self._kept = not isinstance(error, OSError)  # a disk that is full now may have room at the next probe
+            say(f"the samples of the probe could not be stored beside the run: {said(error, kind=True)}")
