@@ -6,19 +6,26 @@ warning and a recorded skip.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ntk_monitor.callbacks.ahead import (
     clipping,
     effective_batch,
+    ending,
     planned_steps,
     rates_ahead,
     training_samples,
 )
+from ntk_monitor.callbacks.averages import Averages
 from ntk_monitor.callbacks.checks import check_device, checked_probe, probe_bytes
-from ntk_monitor.callbacks.lightning_base import Base, LightningModule, Trainer
+from ntk_monitor.callbacks.gradients import clip_coefficient
+from ntk_monitor.callbacks.lightning_base import Base, LightningModule, Trainer, callbacks_of
+from ntk_monitor.callbacks.placeholders import placeholders
+from ntk_monitor.callbacks.ranks import refusal
 from ntk_monitor.callbacks.sink import Sink
 from ntk_monitor.callbacks.trainer_data import (
     drawn,
@@ -27,18 +34,25 @@ from ntk_monitor.callbacks.trainer_data import (
     returned_loss,
     training_outputs,
 )
-from ntk_monitor.errors import said
+from ntk_monitor.errors import NetworkError, said
 from ntk_monitor.losses import candidates, recognised
 from ntk_monitor.matching import Matching
 from ntk_monitor.monitor import Monitor
+from ntk_monitor.optimizers import picked
 from ntk_monitor.probe import Probe, default_samples, from_batch
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.say import say
 from ntk_monitor.session import Session
 from ntk_monitor.snapshot import Snapshot
+from ntk_monitor.together import assembled
 
 # A probe larger than this is remembered by its indices in a checkpoint and drawn again, rather than stored in it.
 _CHECKPOINT_BYTES = 8 * 2**20
+
+# A training step may leave a batch out and return None; one that has returned so many returns no loss at all.
+_SILENT = 8
+
+_T = TypeVar("_T")
 
 
 class NTKMonitor(Base):
@@ -61,6 +75,9 @@ class NTKMonitor(Base):
         params: predicate (name, parameter), regular expression or names; None: all with requires_grad.
         reference: training samples that drive forecasts, the probe's included; 0: no forecasts.
         forecast_every: simulate the rest of the run at every this many probes; 0: never.
+        optimizer: where several optimizers take turns, the one that drives stability and forecasts and whose steps are
+            counted: its place in `configure_optimizers` (0 or "0") or the name of its class; None: all of them, every
+            step of each counted. With `params` this watches one player of a game (a generator, say).
         directions: mapping name → (N, C) array of directions of the residual to follow; None: classes or outputs.
         gram_every: store and draw the Gram matrix at every this many probes; 0: never.
         verify: check at the first probe that nothing of the run changed, and rest with a warning if something did.
@@ -88,6 +105,7 @@ class NTKMonitor(Base):
         *,
         reference: int = 512,
         forecast_every: int = 4,
+        optimizer: int | str | None = None,
         directions: Mapping[str, Any] | None = None,
         gram_every: int = 10,
         verify: bool = True,
@@ -109,6 +127,7 @@ class NTKMonitor(Base):
             params=params,
             reference=reference,
             forecast_every=forecast_every,
+            optimizer=optimizer,
             directions=directions,
             gram_every=gram_every,
             verify=verify,
@@ -129,6 +148,11 @@ class NTKMonitor(Base):
 
     def _reset(self) -> None:
         self._session = Session(self.recipe)
+        self._averages = Averages(())
+        self._chosen: list[Optimizer] = []  # whose steps count; empty: those of all
+        self._taken = 0  # steps of the chosen one
+        self._trained = 0  # steps taken when the last batch that trains was over
+        self._silent = 0
 
     @property
     def monitor(self) -> Monitor | None:
@@ -149,42 +173,88 @@ class NTKMonitor(Base):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the probe and measure the weights that training starts from."""
-        self._reset()
+        self._session = assembled(self.recipe)
         self._session.guarded(self._start, trainer, pl_module)
+        self._probe_if_due(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the probe from the first batch if need be, and note what the loss of this batch will be made of."""
-        if self.monitor is None or self._session.matching:
-            self._session.guarded(self._look_at, trainer, pl_module, batch)
+        session = self._session
+        early = session.early
+        if not session.hand and (self.monitor is None or session.matching):
+            session.guarded(self._look_at, trainer, pl_module, batch)
+        if early:
+            self._probe_if_due(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Record the learning rates that this step uses; schedulers change them right after it."""
-        self._session.observe(trainer.global_step, trainer.optimizers)
+        counts = not self._chosen or any(o is optimizer for o in self._chosen)
+        if not counts or self._told(self._averages.refreshing, trainer, otherwise=False):
+            return
+        self._session.observe(self._steps(trainer), self._chosen or trainer.optimizers)
+        if self.monitor is not None and self.monitor.clip is not None:
+            self._session.guarded(self._note_clipping, trainer)
+        self._taken += 1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Probe when an optimizer step was taken and the cadence asks for it."""
         session = self._session
+        if self._told(self._averages.refreshing, trainer, otherwise=False):
+            return
         if session.matching:
-            session.guarded(lambda: session.compare(returned_loss(trainer, outputs)))
+            session.guarded(self._compare, trainer, pl_module, outputs)
         if self.monitor is not None:
             session.guarded(self._note, trainer, outputs, batch)
-        if session.due(trainer.global_step):
-            session.guarded(session.probe, trainer.global_step, trainer.current_epoch)
+        self._trained = self._steps(trainer)
+        if self._told(ending, trainer, self._averages, otherwise=False):
+            self._finish(trainer)  # once training has ended, other callbacks may have replaced the weights
+        else:
+            self._probe_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the last weights and write what is still waiting."""
-        session = self._session
-        session.guarded(session.settle)
-        if self.monitor is not None and self.monitor.schedule.last_step != trainer.global_step:
-            session.guarded(session.probe, trainer.global_step, trainer.current_epoch)
-        session.guarded(session.flush)
+        self._finish(trainer, replaced=self._told(self._averages.put_in_place, trainer, self, otherwise=""))
+        self._session.guarded(self._session.flush)
+        self._session.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what was measured before the run broke."""
         self._session.guarded(self._session.settle)
         self._session.guarded(self._session.flush)
+        self._session.close()
+
+    def _probe_if_due(self, trainer: Trainer) -> None:
+        """Ask on every process of the run: they settle together whether to probe."""
+        step = self._steps(trainer)
+        if self._session.due(step):
+            self._session.guarded(self._session.probe, step, trainer.current_epoch)
+
+    def _finish(self, trainer: Trainer, replaced: str = "") -> None:
+        """Measure the last weights that were trained, unless that has been done or they are gone."""
+        session = self._session
+        session.guarded(session.settle)
+        if not session.ending(self._trained):
+            return
+        if replaced:
+            reason = f"{replaced} has replaced the trained weights by their average; list NTKMonitor before it"
+            session.guarded(session.skip, self._trained, reason, trainer.current_epoch)
+        else:
+            session.guarded(session.probe, self._trained, trainer.current_epoch)
+
+    def _told(self, question: Callable[..., _T], *arguments: Any, otherwise: _T) -> _T:
+        """Return what the Trainer and its callbacks tell; what fails in them is no reason to miss a meeting."""
+        try:
+            return question(*arguments)
+        except Exception:
+            if self.recipe.strict:
+                raise
+            return otherwise
+
+    def _steps(self, trainer: Trainer) -> int:
+        """Return the optimizer steps taken: those of the chosen optimizer, or the Trainer's count of all."""
+        return self._taken if self._chosen else trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on with the same history: the probe, the last step, the loss."""
@@ -193,7 +263,8 @@ class NTKMonitor(Base):
             return dict(self._restored)
         probe, last_step = monitor.probe, monitor.schedule.last_step
         state = {"version": 1, "hash": probe.hash, "indices": list(probe.indices), "source": probe.source}
-        state |= {"last_step": last_step, "probes": monitor.probes}
+        state |= {"last_step": last_step, "probes": monitor.probes, "taken": self._taken}
+        state["metrics"] = {} if self.last is None else dict(self.last.metrics)
         if not probe.indices or probe_bytes(probe) <= _CHECKPOINT_BYTES:
             state |= {"inputs": probe.inputs, "targets": probe.targets}
         return state
@@ -205,17 +276,33 @@ class NTKMonitor(Base):
     # Steps: each may raise, and is only called through `Session.guarded`.
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._averages = Averages(callbacks_of(trainer))
+        chosen = picked(trainer.optimizers, self.recipe.optimizer)
+        self._chosen = [] if len(chosen) == len(trainer.optimizers) else chosen
+        self._taken = int(self._restored.get("taken", 0))
+        self._trained = self._steps(trainer)
         self._session.sink = sink = Sink(trainer, self.recipe)
-        sink.publish({})
+        waiting = placeholders(trainer, self.recipe.log_prefix)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in waiting.items()})
+        sink.publish(self._restored.get("metrics", {}))
+        if reason := refusal(trainer, pl_module):
+            raise NetworkError(reason)
+        if self._session.enlist(self._measured(pl_module), pl_module):
+            return
         probe = self._remembered() or drawn(trainer, self._measured(pl_module), self._remembered_draw(), self.recipe)
         if probe is not None:
             self._begin(trainer, pl_module, probe)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, probe: Probe) -> None:
-        monitor = Monitor(self._measured(pl_module), list(trainer.optimizers), probe, recipe=self.recipe)
+        optimizers = self._chosen or list(trainer.optimizers)
+        monitor = Monitor(self._measured(pl_module), optimizers, probe, recipe=self.recipe)
         monitor.reference = self._reference(trainer, probe)
-        monitor.total_steps = self.recipe.total_steps or planned_steps(trainer)
-        monitor.rates_ahead = partial(rates_ahead, trainer)
+        # How many steps of a run are the chosen optimizer's depends on what the module does with each batch.
+        monitor.total_steps = self.recipe.total_steps or (None if self._chosen else planned_steps(trainer))
+        monitor.rates_ahead = partial(rates_ahead, trainer, of=self._chosen)
+        monitor.others = [o for o in trainer.optimizers if not any(o is one for one in optimizers)]
+        if self._averages.words:
+            monitor.words["weights"] = self._averages.words
         monitor.clip = clipping(trainer)
         monitor.population = training_samples(trainer)
         if self._restored.get("hash") == probe.hash:
@@ -226,11 +313,9 @@ class NTKMonitor(Base):
         self._restored = {}
         session = self._session
         session.begin(monitor, pl_module, Matching(candidates(pl_module)) if self.recipe.loss is None else None)
-        if session.due(trainer.global_step):
-            session.probe(trainer.global_step, trainer.current_epoch)
 
     def _measured(self, pl_module: LightningModule) -> nn.Module:
-        return measured_module(pl_module) if self.recipe.forward is None else pl_module
+        return self._session.plain(measured_module(pl_module) if self.recipe.forward is None else pl_module)
 
     def _reference(self, trainer: Trainer, probe: Probe) -> Probe | None:
         """Draw what drives forecasts; data that cannot be drawn cost the forecasts, not the monitor."""
@@ -261,6 +346,20 @@ class NTKMonitor(Base):
         monitor = self.monitor
         if monitor is not None:
             self._session.expect(lambda: training_outputs(trainer, monitor.model, batch, self.recipe))
+
+    def _compare(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
+        """Compare the candidates with the loss of this batch, or wait for one that has a loss."""
+        value = returned_loss(trainer, outputs)
+        self._silent += value is None
+        if value is not None or self._silent >= _SILENT or not pl_module.automatic_optimization:
+            self._session.compare(value)
+
+    def _note_clipping(self, trainer: Trainer) -> None:
+        """Remember by how much this step's gradients are about to be clipped."""
+        if self.monitor is not None and self.monitor.clip is not None:
+            coefficient = clip_coefficient(self._chosen or trainer.optimizers, self.monitor.clip)
+            if coefficient is not None:
+                self.monitor.clipped.add(coefficient)
 
     def _note(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
         """Remember the size of batches and the losses of training, without waiting for the device."""
