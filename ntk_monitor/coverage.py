@@ -203,6 +203,11 @@ class _Storages(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else newer versions of torch import their compiler, a second of work, to keep it out of here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options: dict[str, Any] = kwargs or {}
         given: list[Any] = tree_leaves([args, options])
