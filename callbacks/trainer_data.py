@@ -15,6 +15,7 @@ from ntk_monitor.guard import random_state, undisturbed
 from ntk_monitor.network import Network
 from ntk_monitor.probe import Probe, beside, dataset_of, default_samples, indexable, split
 from ntk_monitor.recipe import Recipe
+from ntk_monitor.silence import Silence
 
 
 def measured_module(module: LightningModule) -> nn.Module:
@@ -91,7 +92,8 @@ def _transforms(trainer: Trainer) -> bool:
 
 def outputs_per_sample(module: nn.Module, probe: Probe, recipe: Recipe) -> int:
     """Return C, by one forward pass of a probe."""
-    with undisturbed(seed=recipe.seed), torch.enable_grad():  # a forward may take gradients itself
+    # A forward may take gradients itself. It may not talk to other processes: those are not running it.
+    with undisturbed(seed=recipe.seed), torch.enable_grad(), Silence():  # type: ignore[no-untyped-call]
         options = {"params": recipe.params, "forward": recipe.forward, "device": recipe.device}
         network = Network.careful(module, probe.inputs, **options)
         return int(network.outputs(network.prepared(probe.inputs)).shape[1])

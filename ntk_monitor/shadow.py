@@ -58,7 +58,7 @@ class Shadow:
         module: any eager module; `torch.compile` and data-parallel wrappers are looked through.
         promote: cast floating parameters and buffers to this dtype, which copies them.
         detached: copy parameters too, for modules that rewrite their parameters in forward.
-        values: what stands for parameters that are sharded over processes; with it the shadow of a module under FSDP2
+        values: Parameters that stand for those that are sharded over processes; with it the shadow of a module under FSDP2
             (`fully_shard`) is the plain module that was sharded.
 
     Raises:
@@ -224,7 +224,7 @@ class Shadow:
         if isinstance(value, UninitializedTensorMixin):
             raise NetworkError("a lazy parameter has no shape yet; run one forward pass before measuring")
         if self._values is not None and value in self._values:
-            return nn.Parameter(self._values[value], requires_grad=value.requires_grad)
+            return self._values[value]
         if nn.Parameter not in type(value).__mro__:  # DTensor and other wrappers: storage is not the values
             raise NetworkError(
                 f"a parameter is a {type(value).__name__}, whose values are sharded or packed; "

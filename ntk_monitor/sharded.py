@@ -35,11 +35,13 @@ def is_dtensor(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Rank 0's order to send the shards of parameters and optimizer state."""
+    """Rank 0's order to send the shards of parameters and, if asked for, of the optimizers' state."""
+
+    optimizers: bool
 
     def serve(self, hand: Hand) -> None:
         """Send this process's shards."""
-        joint(hand.crew, lambda: shards(spread(hand.fit(), hand.optimizers)))
+        joint(hand.crew, lambda: shards(spread(hand.fit(), hand.optimizers if self.optimizers else ())))
 
 
 def spread(module: nn.Module, optimizers: Sequence[Any]) -> list[Tensor]:
@@ -116,9 +118,11 @@ class Standin:
             CrewError: another process failed, or cannot be reached.
             NetworkError: shards that do not form a whole.
         """
-        self._crew.shared(State())
+        self._crew.shared(State(bool(self.optimizers)))
         tensors = spread(self.live, self.optimizers)
         found = joint(self._crew, lambda: shards(tensors))
+        if len({len(rank) for rank in found}) > 1:
+            raise NetworkError("the processes of this run hold different numbers of parameters or optimizer states")
         self._known = {}
         for i, t in enumerate(tensors):
             self._known[t] = joined(t, [(rank[2 * i], rank[2 * i + 1]) for rank in found])

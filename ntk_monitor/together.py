@@ -8,7 +8,7 @@ that checkpoints and early stopping look at must be the same everywhere when tra
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -99,7 +99,7 @@ class Together(Session):
 
     # Setting up.
 
-    def enlist(self, module: nn.Module, root: nn.Module) -> bool:
+    def enlist(self, module: nn.Module, root: nn.Module, optimizers: Sequence[Any]) -> bool:
         """Return True on every process but rank 0, which becomes a hand."""
         recipe = self.recipe
         if not self.hand:
@@ -107,7 +107,7 @@ class Together(Session):
         names = ("params", "forward", "engine", "memory_limit", "device", "seed")
         self._hand.options = {name: getattr(recipe, name) for name in names}
         self._hand.losses = lambda: candidates(root) if recipe.loss is None else [recognised(recipe.loss)]
-        self._hand.module = module
+        self._hand.module, self._hand.optimizers = module, optimizers
         return True
 
     def plain(self, module: nn.Module) -> nn.Module:
@@ -125,6 +125,8 @@ class Together(Session):
         super().begin(monitor, root, matching)
         if self._standin is None:
             monitor.measured = partial(Shared(self.crew), probe=monitor.probe)
+        else:
+            self._standin.optimizers = list(monitor.optimizers)
 
     # Meetings.
 
@@ -189,14 +191,13 @@ class Together(Session):
     def _meeting(self, step: int, *, last: bool) -> bool:
         if self.hand:
             return self._serve()
-        start = time.perf_counter()
+        start, paid = time.perf_counter(), self._paid()
         probe = super().ending(step) if last else super().due(step)
         # Copies of sharded weights are refreshed at every batch whose loss is compared.
         self._early = super().early or (self._standin is not None and self.matching)
         self._next = step if self._early else self._following(step)
         self._announce(Verdict(probe, self._next, self._early, self.resting, self._scalars()))
-        if self.monitor is not None:
-            self.monitor.schedule.pay(time.perf_counter() - start)
+        self._pay(start, paid)
         self._met = (step, time.perf_counter())
         return probe and not self._apart
 
