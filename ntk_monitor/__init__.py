@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ntk_monitor.history import History as History
     from ntk_monitor.history import load_history as load_history
     from ntk_monitor.kernel import empirical_ntk as empirical_ntk
+    from ntk_monitor.manifest import keep_probe as keep_probe
     from ntk_monitor.monitor import Monitor as Monitor
     from ntk_monitor.planner import Plan as Plan
     from ntk_monitor.planner import plan as plan
@@ -52,6 +53,7 @@ _HOMES = {
     "Stability": "dynamics.stability",
     "empirical_ntk": "kernel",
     "forecast": "dynamics.forecast",
+    "keep_probe": "manifest",
     "load_history": "history",
     "max_stable_lr": "dynamics.stability",
     "plan": "planner",
@@ -77,6 +79,7 @@ __all__ = [
     "Stability",
     "empirical_ntk",
     "forecast",
+    "keep_probe",
     "load_history",
     "max_stable_lr",
     "plan",

@@ -1,10 +1,12 @@
 """Manifest: how a monitor measures its probe, in the words that are stored beside the run."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from ntk_monitor.monitor import Monitor
 from ntk_monitor.network import Network
-from ntk_monitor.probe_files import Manifest
+from ntk_monitor.probe_files import Manifest, save
 from ntk_monitor.shadow import unwrapped
 from ntk_monitor.snapshot import Snapshot
 
@@ -33,6 +35,18 @@ def manifest(monitor: Monitor, snapshot: Snapshot) -> Manifest:
         seed=recipe.seed,
         prefix=recipe.log_prefix,
     )
+
+
+def keep_probe(monitor: Monitor, snapshot: Snapshot, directory: str | os.PathLike[str]) -> Path:
+    """Store a monitor's samples and how it measures them in the directory of a run, and return the JSON file's path.
+
+    The callbacks do this by themselves; a plain loop calls it after its first snapshot. `ntk_monitor.probe_files.load`
+    reads the samples.
+
+    Raises:
+        OSError: the disk is full, or the directory cannot be written.
+    """
+    return save(monitor.probe, directory, monitor.recipe.log_prefix, manifest=manifest(monitor, snapshot))
 
 
 def _name(thing: Any) -> str:

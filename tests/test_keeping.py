@@ -15,7 +15,7 @@ from ntk_monitor.history import load_history
 from ntk_monitor.manifest import manifest
 from ntk_monitor.monitor import Monitor
 from ntk_monitor.probe import Probe
-from ntk_monitor.probe_files import load, load_manifest, save
+from ntk_monitor.probe_files import load, load_manifest
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.say import NTKWarning
 from ntk_monitor.session import Session
@@ -44,9 +44,10 @@ def test_a_manifest_says_what_to_repeat() -> None:
 
 def test_a_plain_loop_keeps_its_probe_with_one_line(tmp_path: Path) -> None:
     net = nn.Linear(3, 2)
-    monitor = Monitor(net, None, (torch.randn(5, 3), torch.randn(5, 2)), "mse")
+    monitor = Monitor(net, None, (torch.randn(5, 3), torch.randn(5, 2)), "mse", log_prefix="p")
     first = monitor.snapshot(0)
-    save(monitor.probe, tmp_path, manifest=manifest(monitor, first))
+    assert ntk.keep_probe(monitor, first, tmp_path) == tmp_path / "p_probe.json"
+    assert load_manifest(tmp_path) == manifest(monitor, first)
     again = Monitor(net, None, load(tmp_path), "mse").snapshot(0)
     np.testing.assert_array_equal(again.eigenvalues, first.eigenvalues)
 
