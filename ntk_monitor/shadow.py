@@ -58,7 +58,7 @@ class Shadow:
         module: any eager module; `torch.compile` and data-parallel wrappers are looked through.
         promote: cast floating parameters and buffers to this dtype, which copies them.
         detached: copy parameters too, for modules that rewrite their parameters in forward.
-        values: Parameters that stand for those that are sharded over processes; with it the shadow of a module under FSDP2
+        values: Parameters that stand for those sharded over processes; with them the shadow of a module under FSDP2
             (`fully_shard`) is the plain module that was sharded.
 
     Raises:
