@@ -18,6 +18,18 @@ with contextlib.suppress(ImportError):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the matrix of identity, where cells of it were run: the processes that run them have no terminal."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
+    cells = [value for r in reports for name, value in r.user_properties if name == "identity"]
+    if cells:
+        from tests.matrix import Cell, table
+
+        terminalreporter.section("with and without the monitor: weights, optimizers, losses, random states")
+        found = [(Cell(network, frozenset(settings)), changed) for network, settings, changed in cells]
+        terminalreporter.write_line(table(found))
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Switch the run-time type checks off, for tests of what we say ourselves to arguments of the wrong type."""
