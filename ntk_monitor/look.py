@@ -1,5 +1,6 @@
 """What is handed to a look at a run, and what it finds: the monitor's side and the record's."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ntk_monitor.coverage import Coverage
+from ntk_monitor.dynamics.kept import Kept
+from ntk_monitor.dynamics.stability import Stability
 from ntk_monitor.kernel import Kernel
 from ntk_monitor.losses import Loss, Terms
 from ntk_monitor.modes import Modes
@@ -65,6 +68,8 @@ class Now:
     clip: float | None = None
     cost: float = 0.0
     """Seconds that the kernel of this probe took."""
+    affordable: float = math.inf
+    """Seconds that forecasts may take."""
     rates: Array = field(default_factory=lambda: np.empty((0, 0)))
     """Learning rates of the steps since the previous probe, (steps, groups); empty when they are not known."""
     rates_ahead: Callable[[int], Array | None] | None = None
@@ -80,3 +85,24 @@ class Outlook:
     layers: tuple[str, ...] = ()
     directions: tuple[str, ...] = ()
     arrays: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    forecast: float = 0.0
+    """Seconds that a forecast took, in those of its part."""
+    saving: float = 0.0
+    """Seconds that the next one is expected to take; 0: there will be none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Since:
+    """What a look leaves for the light probes after it to compare with."""
+
+    kept: Kept | None = None
+    """Weights and buffers of that moment."""
+    residual: float = 0.0
+    """What a motion of the outputs is compared with, output units."""
+    clipped: float = 1.0
+    """Factor that gradient clipping applied."""
+    gauge: Stability | None = None
+    """The newest gauge, which a light probe may have refreshed since."""
+    rates: tuple[float, ...] = ()
+    """Learning rates of the parameter groups at that gauge."""

@@ -7,6 +7,7 @@ become known in between.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,22 +17,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntk_monitor.coverage import Forwards, nonzero
-from ntk_monitor.errors import InputError, LossUnknownError, said
-from ntk_monitor.facts import kept_outputs
+from ntk_monitor.errors import InputError, LossUnknownError, NumericsError, said
+from ntk_monitor.facts import kept_outputs, of_outputs
+from ntk_monitor.given import listed, probe_of, rates_of, reference_of, table
 from ntk_monitor.guard import random_state
-from ntk_monitor.kernel import MEMORY_LIMIT, Kernel, measured
+from ntk_monitor.kernel import Kernel, measured
 from ntk_monitor.look import Measurement, Now, Outlook
 from ntk_monitor.losses import Loss, Terms, recognised
+from ntk_monitor.memory import Room, waited, weighed
 from ntk_monitor.metrics import Measured, evaluate
 from ntk_monitor.metrics.measured import mean_over_outputs
 from ntk_monitor.modes import Modes
 from ntk_monitor.outlook import Watch
-from ntk_monitor.probe import Probe, beside, dataset_of, default_samples, population_of
-from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
+from ntk_monitor.probe import Probe, population_of
+from ntk_monitor.recipe import Recipe
 from ntk_monitor.say import say
-from ntk_monitor.schedule import LearningRates, Mean, Schedule
+from ntk_monitor.schedule import SECOND, LearningRates, Mean, Schedule, Tier
 from ntk_monitor.snapshot import Snapshot, shown_order
 from ntk_monitor.spectrum import Spectrum
+from ntk_monitor.targets import classes, features, loss_value, terms_of
+from ntk_monitor.tiers import Moment, glance, light_record
 
 Array = NDArray[np.float64]
 
@@ -76,8 +81,8 @@ class Monitor:
             raise InputError(f"give options in the recipe or by keyword, not both; got {sorted(options)}")
         self.recipe = recipe or Recipe(loss=loss, **options)
         self.model = model
-        self.optimizers = _listed(optimizer)
-        self.probe = _probe(probe, reference, self.recipe.seed)
+        self.optimizers = listed(optimizer)
+        self.probe = probe_of(probe, reference, self.recipe.seed)
         given = loss if loss is not None else self.recipe.loss
         self.loss: Loss | None = None if given is None else recognised(given)
         self.loss_status = "given" if self.loss else "not given: pass loss= for residual modes"
@@ -85,7 +90,7 @@ class Monitor:
         self.learning_rates = LearningRates()
         self.steps = 0
         self.probes = 0
-        self.reference: Probe | None = _reference(reference, self.probe, self.recipe)
+        self.reference: Probe | None = reference_of(reference, self.probe, self.recipe)
         self.batch_size, self.total_steps = self.recipe.batch_size, self.recipe.total_steps
         self.population: int | None = population_of(reference)
         self.clip: float | None = None
@@ -97,29 +102,62 @@ class Monitor:
         self._watch = Watch(model, self.recipe, self.probe)
         chosen = {name: getattr(self.recipe, name) for name in ("params", "forward", "device", "seed")}
         self._forwards = Forwards(**chosen)
-        self._weighed = False
+        self._room = Room(self.recipe.memory_limit)
+        self._weighed = self._foretold = False
+        self._asked: tuple[int, Tier | None] = (0, None)
+        self.written: dict[str, float] = {}
         self._previous: tuple[int, Array, Modes | None] | None = None
 
     def observe(self) -> None:
         """Record the learning rates in force; call after each `optimizer.step()`, before the scheduler's."""
+        start = time.perf_counter()
         self.schedule.start()
-        self.learning_rates.record(self.steps, tuple(_rates(self.optimizers)))
+        self.schedule.close()
+        self.learning_rates.record(self.steps, tuple(rates_of(self.optimizers)))
         self.steps += 1
+        self.schedule.pay(time.perf_counter() - start)
 
     def due(self, step: int | None = None) -> bool:
         """True when the cadence asks for a probe after so many optimizer steps (default: those observed)."""
-        return self.schedule.due(self.steps if step is None else step)
+        return self.tier(step) is not None
 
-    def snapshot(self, step: int | None = None, epoch: int | None = None) -> Snapshot:
-        """Measure now. A probe that fails becomes a skipped Snapshot with the reason, unless the recipe is strict."""
+    def tier(self, step: int | None = None) -> Tier | None:
+        """Return which probe the cadence asks for, a "full" or a "light" one; None: none.
+
+        Says once, some steps after the first probe, when the budget leaves room for few full ones in a run of known
+        length.
+        """
         step = self.steps if step is None else step
-        self.schedule.start()
+        self.schedule.total = self.total_steps
+        if not self._foretold and (words := self.schedule.sparse(step)) is not None:
+            self._foretold = True
+            if words:
+                say(words)
+        tier = self.schedule.tier(step)
+        self._asked = (step, tier)
+        return tier
+
+    def snapshot(self, step: int | None = None, epoch: int | None = None, *, tier: Tier | None = None) -> Snapshot:
+        """Measure now. A probe that fails becomes a skipped Snapshot with the reason, unless the recipe is strict.
+
+        Args:
+            step: optimizer steps taken; None: those observed.
+            epoch: for the record.
+            tier: "full" or "light" (see `light`); None: the one that `due` has found for this step, else a full one.
+        """
+        step = self.steps if step is None else step
+        schedule, start = self.schedule, time.perf_counter()
+        schedule.start()
+        accounted = schedule.accounted
         try:
-            return self.finish(self.measure(step, epoch))
+            light = tier == "light" or (tier is None and self._asked == (step, "light"))
+            return self.light(step, epoch) if light else self.finish(self.measure(step, epoch))
         except Exception as error:
             if self.recipe.strict:
                 raise
             return self.skipped(step, error, epoch)
+        finally:
+            schedule.pay(max(0.0, time.perf_counter() - start - (schedule.accounted - accounted)))
 
     def measure(self, step: int, epoch: int | None = None) -> Measurement:
         """Compute kernel, spectrum and outputs of the present weights.
@@ -127,6 +165,7 @@ class Monitor:
         Raises:
             InputError, NetworkError, NumericsError: as `empirical_ntk` and `Spectrum.of`; whatever the model raises.
         """
+        self.schedule.excuse(waited())
         start = time.perf_counter()
         recipe, probe = self.recipe, self.probe
         predictions, coverage = self._forwards.outputs(self.model, probe.inputs)
@@ -138,14 +177,14 @@ class Monitor:
                 f"{probe.samples} samples × {outputs} outputs need the kernel of the losses, and the loss is "
                 f'{self.loss_status.partition(";")[0]}; pass loss= and targets, or outputs="trace" for a large kernel'
             )
-        kernel = self.measured(
+        kernel = self._room.within(
             self.model,
-            probe.inputs,
+            partial(self.measured, self.model, probe.inputs),
+            settled=self.steps >= SECOND,
             outputs=layout,
             params=recipe.params,
             forward=recipe.forward,
             engine=recipe.engine,
-            memory_limit=recipe.memory_limit,
             targets=probe.targets if layout == "loss" else None,
             loss=self.loss if layout == "loss" else None,
             device=recipe.device,
@@ -165,13 +204,13 @@ class Monitor:
         With `fresh` False the weights have moved on since the measurement, so that nothing more can be asked of them.
         """
         start = time.perf_counter()
-        terms, reason = self._terms(raw)
+        terms, reason = terms_of(self.loss, self.loss_status, self.probe, raw.layout, raw.predictions)
         modes = None if terms is None else Modes.of(raw.values, terms, jacobian_eps=_eps(raw))
         previous = self._previous
         carried, previous_step = np.empty(0), None
         if modes is not None and terms is not None and previous is not None and previous[2] is not None:
             carried, previous_step = previous[2].carried(terms.gradient), previous[0]
-        labels = self._labels()
+        labels = classes(self.probe, self.loss)
         means = mean_over_outputs(raw.values, self.probe.samples)
         metrics = self._metrics(raw)
         with_gram = self.recipe.gram_every and self.probes % self.recipe.gram_every == 0
@@ -179,6 +218,7 @@ class Monitor:
         if fresh:
             with random_state():  # a user's own metrics may draw numbers
                 seen = self._watch.look(self._now(raw, terms, modes, labels))
+            self.schedule.complete()
             if self.losses.count:
                 seen.facts["train_loss"] = self.losses.taken()
             if self.clipped.count:
@@ -189,10 +229,14 @@ class Monitor:
         lr_steps, lr_values = self.learning_rates.taken()
         self._previous = (raw.step, raw.values, modes)
         self.probes += 1
-        seconds = {**raw.seconds, "modes": time.perf_counter() - start}
-        self.schedule.pay(seconds["modes"])
-        if raw.step > 0:
-            metrics["overhead"] = self.schedule.overhead
+        whole = time.perf_counter() - start
+        self.schedule.pay(whole)
+        self.schedule.forecast(seen.forecast)
+        self.schedule.saving, self.schedule.lights = seen.saving, self.loss is not None
+        seconds = raw.seconds | {"modes": whole - sum(seen.seconds.values())} | seen.seconds | self.written
+        metrics |= self.schedule.share
+        seen.facts["memory_limit"] = float(self._room.limit)
+        seen.facts |= self.schedule.begun
         return Snapshot(
             step=raw.step,
             epoch=raw.epoch,
@@ -213,7 +257,7 @@ class Monitor:
             negative=raw.spectrum.negative,
             loss=self.loss.name if self.loss else "",
             loss_status=self.loss_status,
-            loss_value=terms.value if terms is not None else self._loss_value(raw),
+            loss_value=terms.value if terms is not None else loss_value(self.loss, self.probe, raw.predictions),
             modes_reason=reason,
             rates_floor=modes.floor if modes else float("nan"),
             previous_step=previous_step,
@@ -244,7 +288,7 @@ class Monitor:
             values=raw.values,
             spectrum=raw.spectrum,
             jacobian_eps=_eps(raw),
-            targets=self._target_features(),
+            targets=features(self.probe, self.loss),
             predictions=raw.predictions,
             terms=terms,
             modes=modes,
@@ -258,8 +302,49 @@ class Monitor:
             reference=self.reference,
             clip=self.clip,
             cost=raw.seconds.get("kernel", 0.0),
-            rates=_table(rates),
+            rates=table(rates),
             rates_ahead=self.rates_ahead,
+            affordable=self.schedule.affordable(raw.seconds.get("kernel", 0.0)),
+        )
+
+    def light(self, step: int, epoch: int | None = None) -> Snapshot:
+        """Measure what a few passes can since the last full probe: see `ntk_monitor.tiers`.
+
+        Raises:
+            NetworkError, NumericsError: a module that cannot be followed, outputs that are not finite.
+        """
+        self.schedule.excuse(waited())
+        start = time.perf_counter()
+        since, (past, _, modes) = self._watch.since, self._previous or (None, None, None)
+        predictions, _ = self._forwards.outputs(self.model, self.probe.inputs)
+        if not bool(predictions.isfinite().all()):
+            raise NumericsError("the outputs on the probe are NaN or infinite; look at weights and inputs")
+        terms = None if modes is None else terms_of(self.loss, self.loss_status, self.probe, "full", predictions)[0]
+        outputs = predictions.reshape(self.probe.samples, -1).numpy()
+        seconds = {"forward": time.perf_counter() - start}
+        moment = Moment(
+            loss=self.loss,
+            optimizers=self.optimizers,
+            others=self.others,
+            batch_size=self.batch_size,
+            population=self.population,
+        )
+        with random_state():
+            seen, gauge = glance(self.model, self.recipe, self.probe, since, moment)
+        self._watch.refresh(gauge, tuple(rates_of(self.optimizers)))
+        self.schedule.done(step, time.perf_counter() - start, "light")
+        carried = np.empty(0) if modes is None or terms is None else modes.carried(terms.gradient)
+        seen.facts |= of_outputs(outputs, classes(self.probe, self.loss)) | self.schedule.begun
+        seen.metrics |= self.schedule.share
+        seen.texts |= self.words
+        seen.seconds |= seconds | self.written
+        return replace(
+            light_record(step, epoch, self.probe, self.loss, seen),
+            previous_step=past,
+            outputs=_outputs(predictions),
+            loss_status=self.loss_status,
+            loss_value=loss_value(self.loss, self.probe, predictions),
+            carried=carried,
         )
 
     def skipped(self, step: int, error: BaseException | str, epoch: int | None = None) -> Snapshot:
@@ -279,68 +364,10 @@ class Monitor:
         )
 
     def _weigh(self, layout: str, outputs: int, parameters: int) -> None:
-        """Say before the first probe that it will take long, and refuse one that would not fit in memory."""
-        rows = outputs if layout in ("full", "trace") else 1
-        # The structured engine holds no Jacobian.
-        needed = rows * parameters * 4 if self.recipe.engine in ("rows", "reference") else 0
-        if self.recipe.memory_limit is None and needed > 4 * MEMORY_LIMIT:
-            raise InputError(
-                f"the Jacobian of one sample takes {needed / 2**30:.1f} GiB ({rows} x {parameters:,} parameters); "
-                "select some with params=, or set memory_limit= if there is room"
-            )
-        width = rows if layout == "full" else 1
-        products = (self.probe.samples * width) ** 2 * parameters * (rows if layout == "trace" else 1)
-        # A Jacobian that does not fit is computed in blocks, and blocks again for each pair of them.
-        blocks = self.probe.samples * needed > 2 * (self.recipe.memory_limit or MEMORY_LIMIT)
-        if (blocks or products > 2 * FULL_KERNEL_PRODUCTS) and not self._weighed:
-            say(
-                f"each probe needs about {products:.0e} multiply-adds ({self.probe.samples} samples, {outputs} "
-                f"outputs, {parameters:,} parameters), minutes on a CPU; "
-                "a smaller probe=, params= or outputs= makes it quicker"
-            )
+        words = weighed(self.recipe, self.probe.samples, layout, outputs, parameters)
+        if words and not self._weighed:
+            say(words)
         self._weighed = True
-
-    def _terms(self, raw: Measurement) -> tuple[Terms | None, str]:
-        """Return the loss terms on the probe, or None and the reason why there are no modes."""
-        if raw.layout != "full" and _outputs(raw.predictions) > 1:
-            return None, f"modes need the full kernel; this one is the {raw.layout} kernel"
-        if self.loss is None:
-            return None, f"loss {self.loss_status}"
-        if not isinstance(self.probe.targets, Tensor):
-            return None, "the probe has no targets"
-        try:
-            terms = self.loss.terms(raw.predictions, self.probe.targets)
-        except Exception as error:  # noqa: BLE001 - shapes that do not fit cost the modes, not the probe
-            return None, said(error)
-        return (terms, "") if np.isfinite(terms.gradient).all() else (None, "the loss gradient is not finite")
-
-    def _labels(self) -> NDArray[np.int64] | None:
-        """Return class labels (N,): what cross-entropy takes for labels, or integers that look like some."""
-        targets = self.probe.targets
-        labels = self.probe.labels
-        if labels is None and self._classifies() and targets.numel() == self.probe.samples:
-            labels = targets.detach().cpu().reshape(-1).numpy().astype(np.int64)
-        return labels
-
-    def _classifies(self) -> bool:
-        targets = self.probe.targets
-        integers = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex())
-        return integers and self.loss is not None and self.loss.kind == "cross_entropy"
-
-    def _target_features(self) -> Array | None:
-        """Return targets as (N, D) for the alignment: one-hot classes, or numbers; None when they are neither."""
-        labels, targets = self._labels(), self.probe.targets
-        if labels is not None:
-            return np.asarray(labels[:, None] == np.unique(labels), dtype=np.float64)
-        numbers = isinstance(targets, Tensor) and not targets.is_complex()
-        if not numbers or not (targets.is_floating_point() or (self.loss is not None and self.loss.kind == "mse")):
-            return None
-        return np.asarray(targets.detach().cpu().double().reshape(self.probe.samples, -1).numpy())
-
-    def _loss_value(self, raw: Measurement) -> float:
-        if self.loss is None or not isinstance(self.probe.targets, Tensor):
-            return float("nan")
-        return self.loss.value(raw.predictions, self.probe.targets.cpu())
 
     def _metrics(self, raw: Measurement) -> dict[str, float]:
         """Return the logged scalars that the kernel alone decides."""
@@ -349,7 +376,7 @@ class Monitor:
             samples=self.probe.samples,
             layout=raw.layout,
             jacobian_eps=_eps(raw),
-            targets=self._target_features(),
+            targets=features(self.probe, self.loss),
             previous=None if self._previous is None else self._previous[1],
             solved=raw.spectrum,
         )
@@ -359,34 +386,6 @@ class Monitor:
 def _outputs(predictions: Tensor) -> int:
     """Return C, the number of outputs of one sample."""
     return predictions[0].numel()
-
-
-def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-
-
-def _rates(optimizers: Sequence[Optimizer]) -> list[float]:
-    return [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
-
-
-def _table(rates: list[tuple[float, ...]]) -> Array:
-    """Return learning rates as (steps, groups); empty where groups came or went in between."""
-    return np.array(rates) if len({len(row) for row in rates}) == 1 else np.empty((0, 0))
-
-
-def _probe(data: Any, reference: Any, seed: int) -> Probe:
-    """Return the probe, with places in the training set only where that is the set it was drawn from."""
-    probe = Probe.of(data, default_samples(1), seed)
-    drawn = dataset_of(data)
-    return probe if reference is None or drawn is None or drawn is dataset_of(reference) else replace(probe, indices=())
-
-
-def _reference(data: Any, probe: Probe, recipe: Recipe) -> Probe | None:
-    if data is None or isinstance(data, Probe):
-        return data
-    return beside(data, probe, recipe.reference, recipe.seed + 1) if recipe.reference else None
 
 
 def _eps(raw: Measurement) -> float:

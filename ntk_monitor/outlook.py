@@ -3,6 +3,7 @@
 Each part is measured on its own. One that cannot be measured leaves a sentence in `texts` and takes nothing else along.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,14 @@ from ntk_monitor import directions, facts
 from ntk_monitor.dynamics.kept import Kept
 from ntk_monitor.dynamics.layers import layer_traces
 from ntk_monitor.dynamics.linearise import coupled
-from ntk_monitor.dynamics.stability import stability
+from ntk_monitor.dynamics.stability import Stability, stability
 from ntk_monitor.dynamics.updates import blocks, decompose, distance
 from ntk_monitor.dynamics.verdict import SMALL_MOTION
 from ntk_monitor.dynamics.zeros import structural_zeros
 from ntk_monitor.errors import said
 from ntk_monitor.foresight import Foresight
-from ntk_monitor.look import Now, Outlook
+from ntk_monitor.look import Now, Outlook, Since
+from ntk_monitor.memory import out_of_memory, release
 from ntk_monitor.metrics import METRICS, NAMES, Measured, evaluate
 from ntk_monitor.noise import NoiseScale, gradient_gram, noise_scale, pooled
 from ntk_monitor.optimizers import OptimizerState, read
@@ -44,13 +46,19 @@ _SCALE_FREE = 1e-4
 _KEPT_BYTES = 2**30
 
 
+# Names of the costs in the record; parts that are not here cost little.
+_COSTS = {"stability": "gauge", "layers": "layers", "updates": "updates", "forecast": "forecast"}
+
+
 class Watch:
     """Looks at a run from probe to probe and remembers what the next look compares with."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, probe: Probe) -> None:
         self._model, self._recipe, self._probe = model, recipe, probe
         self._data: dict[str, float] | None = None
-        self._vector: Array | None = None
+        self.gauge: Stability | None = None
+        self._rates: tuple[float, ...] = ()
+        self._residual, self._clip = 0.0, 1.0
         self._noise: list[NoiseScale] = []
         self._kept: tuple[Kept, Array | None] | None = None
         self._first: Kept | None = None
@@ -77,13 +85,30 @@ class Watch:
         self._guarded(found, "forecast", lambda: self._foresight.look(now, found, state, self._named))
         return found
 
+    @property
+    def since(self) -> Since:
+        """What light probes compare with."""
+        kept = None if self._kept is None else self._kept[0]
+        return Since(kept=kept, residual=self._residual, clipped=self._clip, gauge=self.gauge, rates=self._rates)
+
+    def refresh(self, gauge: Stability | None, rates: tuple[float, ...]) -> None:
+        """Take over what a light probe made of the gauge."""
+        if gauge is not None:
+            self.gauge, self._rates = gauge, rates
+
     def _guarded(self, found: Outlook, part: str, measure: Callable[[], None]) -> None:
+        start, full = time.perf_counter(), False
         try:
             measure()
         except Exception as error:
             if self._recipe.strict:
                 raise
             found.texts[part] = f"not measured: {said(error)}"
+            full = out_of_memory(error)
+        if full:
+            release()
+        cost = _COSTS.get(part, "facts")
+        found.seconds[cost] = found.seconds.get(cost, 0.0) + time.perf_counter() - start
 
     def _state(self, now: Now, found: Outlook) -> OptimizerState | None:
         if not now.optimizers:
@@ -119,6 +144,7 @@ class Watch:
             found.texts["stability"] = "not measured: the probe has no targets"
             return
         recipe = self._recipe
+        self._clip = _clipped(now.clip, found.facts)
         judged = stability(
             self._model,
             state,
@@ -126,13 +152,13 @@ class Watch:
             now.loss,
             batch_size=now.batch_size,
             population=now.population,
-            clipped=_clipped(now.clip, found.facts),
+            clipped=self._clip,
             params=recipe.params,
             forward=recipe.forward,
-            start=self._vector,
+            start=None if self.gauge is None else self.gauge.vector,
             seed=recipe.seed,
         )
-        self._vector = judged.vector
+        self.gauge, self._rates = judged, tuple(group.lr for group in state.groups)
         if not judged.available:
             found.texts["stability"] = judged.reason
             return
@@ -239,7 +265,8 @@ class Watch:
             found.texts["updates"] = f"not measured: a copy of the weights takes {needed / 2**30:.1f} GiB"
             return
         now_kept = Kept.of(self._model, recipe.params)
-        self._kept = (now_kept, None if now.terms is None else now.terms.gradient)
+        gradient = None if now.terms is None else now.terms.gradient
+        self._kept, self._residual = (now_kept, gradient), 0.0 if gradient is None else _scale(now, gradient)
         self._first = first or now_kept
         group = self._group()
         if first is not None and found.layers:

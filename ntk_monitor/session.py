@@ -22,6 +22,7 @@ from ntk_monitor.probe import Probe
 from ntk_monitor.probe_files import Manifest
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.say import say
+from ntk_monitor.schedule import Tier
 from ntk_monitor.snapshot import Snapshot
 
 # After this many failed probes in a row the cause is not going away.
@@ -74,7 +75,8 @@ class Session:
         self._pending: list[Measurement | Snapshot] = []
         self._failures: list[str] = []
         self._kept = False
-        self._looked = False
+        self._looked = self._glanced = False
+        self._tier: Tier | None = "full"
 
     def guarded(self, step: Callable[..., None], *arguments: Any) -> None:
         """Run one step; what it raises becomes one warning, and the monitor rests. Its time belongs to the budget.
@@ -122,13 +124,19 @@ class Session:
         """True when a probe should be made after `step` optimizer steps."""
         if self.monitor is None or self.resting:
             return False
+        start, schedule = time.perf_counter(), self.monitor.schedule
         with self._contained():
-            return self.monitor.due(step)
+            # By budget the monitor waits for the loss: a probe without it would be half a probe.
+            schedule.hold = self.matching
+            self._tier = self.monitor.tier(step)
+            schedule.pay(time.perf_counter() - start)
+            return self._tier is not None
         return False
 
     def ending(self, step: int) -> bool:
         """True when a run that ends after `step` optimizer steps should be probed once more."""
-        return self.monitor is not None and not self.resting and self.monitor.schedule.last_step != step
+        self._tier = "full"
+        return self.monitor is not None and not self.resting and self.monitor.schedule.last_full != step
 
     @property
     def early(self) -> bool:
@@ -191,6 +199,9 @@ class Session:
         monitor = self.monitor
         if monitor is None:
             return
+        if self._tier == "light" and not self._pending:
+            self._glance(monitor, step, epoch)
+            return
         check = self.recipe.verify and monitor.probes == 0 and not self._pending
         before = self._fingerprint() if check else None
         try:
@@ -226,8 +237,11 @@ class Session:
         self._release()
 
     def flush(self) -> None:
-        """Push what was written towards the disk."""
+        """Push what was written towards the disk, and let the trainer know what the monitor cost in the end."""
+        share = {} if self.monitor is None else self.monitor.schedule.share
         if self.sink is not None:
+            if share:
+                self.sink.publish(share)
             self.sink.flush()
 
     @contextmanager
@@ -252,10 +266,10 @@ class Session:
             self.monitor.schedule.pay(max(0.0, time.perf_counter() - start - (self._paid() - paid)))
 
     def _paid(self) -> float:
-        return 0.0 if self.monitor is None else self.monitor.schedule.spent
+        return 0.0 if self.monitor is None else self.monitor.schedule.accounted
 
     def _fingerprint(self) -> Fingerprint | None:
-        return None if self._root is None else Fingerprint.of(self._root)
+        return None if self._root is None else Fingerprint.of(self._root, self.monitor.optimizers if self.monitor else ())
 
     def _unmatched(self, reason: str) -> None:
         if self.monitor is not None:
@@ -297,6 +311,23 @@ class Session:
                     self.rest(changed)
         self._release()
 
+    def _glance(self, monitor: Monitor, step: int, epoch: int | None) -> None:
+        """Make a light probe, and the first time check that this changes nothing either."""
+        before = self._fingerprint() if self.recipe.verify and not self._glanced else None
+        self._glanced = True
+        try:
+            self._pending.append(monitor.light(step, epoch))
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            self._pending.append(self._skipped(step, error, epoch))
+        if changed := self._changed(before):
+            self._pending = []
+            self.rest(changed)
+        else:
+            self._release()
+            self._rest_if_failing()
+
     def _rest_if_failing(self) -> None:
         if len(self._failures) >= _PATIENCE and not self.resting:
             self.rest(f"{_PATIENCE} probes in a row failed, the last with {self._failures[-1]}")
@@ -313,8 +344,11 @@ class Session:
         self.last = snapshot
         if self.sink is None:
             return
+        start = time.perf_counter()
         try:
             self.sink.write(snapshot)
+            if self.monitor is not None:
+                self.monitor.written = {"write": time.perf_counter() - start}
         except Exception as error:
             if self.recipe.strict:
                 raise

@@ -134,14 +134,14 @@ def stability(  # noqa: PLR0913 - the public door
         return Stability(reason=reason, **facts)
     task = Task(model, x, y, recognised(loss), params, forward, mode, seed)
     try:
-        scale = _per_batch(task.loss, samples, batch_size) * clipped
+        scale = per_batch(task.loss, samples, batch_size) * clipped
         found = task.measured(task.steps(state, scale), start, tolerance)
     except (NetworkError, NumericsError) as error:
         return Stability(reason=str(error), **facts)
     if isinstance(found, str):
         return Stability(reason=found, **facts)
     limits = smallest(state.groups, state.family)
-    return _judged(found.scaled(scale), limits, _fresh(batch_size, population), facts)
+    return judged(found.scaled(scale), limits, fresh(batch_size, population), facts)
 
 
 def max_stable_lr(
@@ -217,7 +217,7 @@ def from_kernel(
     bias = jackknife_bias(value, v, n, columns, matrix @ columns)
     how = f"{'kernel summed over outputs' if summed else 'full kernel'} of {n} samples"
     top = Sharpness(value, float(np.trace(matrix)), bias, v, f"{how}: an underestimate" if summed else how)
-    return _judged(top, smallest(state.groups, state.family), _fresh(batch_size, population), facts)
+    return judged(top, smallest(state.groups, state.family), fresh(batch_size, population), facts)
 
 
 def unavailable(state: OptimizerState) -> str:
@@ -236,7 +236,8 @@ def unavailable(state: OptimizerState) -> str:
     return ""
 
 
-def _judged(found: Sharpness, limits: Bounds, fresh: float, facts: dict[str, Any]) -> Stability:
+def judged(found: Sharpness, limits: Bounds, fresh: float, facts: dict[str, Any]) -> Stability:
+    """Return the interval that a sharpness and the bounds of an optimizer make, with 1/B - 1/N as `fresh`."""
     low, high = limits.headroom(found.value, found.trace * fresh)
     low = low if fresh else high  # full batches have no noise, and one bound
     return Stability(
@@ -255,13 +256,13 @@ def _judged(found: Sharpness, limits: Bounds, fresh: float, facts: dict[str, Any
     )
 
 
-def _fresh(batch_size: int | None, population: int | None) -> float:
+def fresh(batch_size: int | None, population: int | None) -> float:
     """Return 1/B - 1/N, the variance of a mean of B of N samples; 0 for full batches."""
     if batch_size is None:
         return 0.0
     return max(0.0, 1 / batch_size - (0.0 if population is None else 1 / population))
 
 
-def _per_batch(loss: Loss, samples: int, batch_size: int | None) -> float:
+def per_batch(loss: Loss, samples: int, batch_size: int | None) -> float:
     """Return B/N for a loss that sums over the samples: its curvature grows with the batch. 1 for means."""
     return batch_size / samples if batch_size is not None and loss.options.get("reduction") == "sum" else 1.0
