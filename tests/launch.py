@@ -1,7 +1,8 @@
-"""Start two processes of `tests.ranks` and read what they print."""
+"""Start two processes of one program and read what they print."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,21 @@ ROOT = Path(__file__).parent.parent
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**os.environ, **here}
 
 
-def together(root: Path, *scenarios: str, seconds: float = 120.0) -> dict[str, list[dict[str, Any]]]:
+def together(
+    root: Path, *scenarios: str, program: str = "tests.ranks", seconds: float = 120.0
+) -> dict[str, list[dict[str, Any]]]:
     """Return for each scenario what the processes that ended well saw, rank 0 first."""
-    command = [sys.executable, "-m", "tests.ranks"]
+    command, env = [sys.executable, "-m", program], environment()
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [
-        subprocess.Popen([*command, str(rank), str(root / "rendezvous"), *scenarios], env=environment(), **pipes)
+        subprocess.Popen([*command, str(rank), str(root / "rendezvous"), *scenarios], env=env, **pipes)
         for rank in (0, 1)
     ]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in scenarios}

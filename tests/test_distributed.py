@@ -5,10 +5,13 @@ process at the same weights, and at the end against a plain network that torch i
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 
+from ntk_monitor.callbacks.ranks import refusal
 from tests.launch import together
 from tests.ranks import SCENARIOS, TIMEOUT
 
@@ -51,6 +54,45 @@ def test_shards_are_put_together_before_every_probe(tmp_path: Path) -> None:
     # Momentum and learning rate reach the copy: the gauge is that of replicas with the same weights.
     assert seen["sharded sgd"][0]["sharpness"] == pytest.approx(seen["replicated"][0]["sharpness"], rel=1e-8)
     assert "AdamW, got 6" in seen["sharded"][0]["stability"][-1]
+
+
+@pytest.mark.slow
+def test_lightning_trains_replicas_and_shards_as_without_it(tmp_path: Path) -> None:
+    names = ("plain", "watched", "budget", "plain sharded", "sharded")
+    seen = together(tmp_path, *names, program="tests.lightning_ranks", seconds=550)
+    for name, plain in (("watched", "plain"), ("budget", "plain"), ("sharded", "plain sharded")):
+        assert trained_alike(seen[plain], seen[name]), name
+        first, second = seen[name]
+        assert first["files"] == 1, name
+        assert first["steps"][0] == 0
+        assert first["steps"][-1] == 8
+        assert first["loss"] == "matched"
+        assert first["stability"].startswith("Lanczos")
+        # float32 Jacobians of other batches than the whole: equal to rounding
+        assert first["eigenvalues"] == pytest.approx(first["wanted"], rel=1e-4, abs=1e-5 * first["wanted"][0])
+        # The share of time is told once more at the very end, where nothing is decided any more.
+        assert {k: v for k, v in first["metrics"].items() if k != "ntk/overhead"} == {
+            k: v for k, v in second["metrics"].items() if k != "ntk/overhead"
+        }
+    assert seen["watched"][0]["steps"] == [0, 4, 8]
+    assert "shared by 2" in seen["watched"][0]["reasons"][-1]
+
+
+@pytest.mark.slow
+def test_a_probe_from_the_first_batch_is_that_of_rank_0(tmp_path: Path) -> None:
+    first, _ = together(tmp_path, "stream", program="tests.lightning_ranks", seconds=300)["stream"]
+    assert first["status"] == ["measured"] * 3
+    assert "first training batch" in first["source"]
+    assert "shared by 2" in first["reasons"][-1]
+    assert first["eigenvalues"] == pytest.approx(first["wanted"], rel=1e-4, abs=1e-5 * first["wanted"][0])
+
+
+@pytest.mark.parametrize(("kind", "said"), [("FSDPStrategy", "FSDP1"), ("DeepSpeedStrategy", "engine of its own")])
+def test_strategies_that_hide_their_parameters_are_refused_by_name(kind: str, said: str) -> None:
+    trainer: Any = SimpleNamespace(strategy=type("Mine", (type(kind, (), {}),), {})())
+    assert kind in refusal(trainer, L.LightningModule())
+    assert said in refusal(trainer, L.LightningModule())
+    assert refusal(SimpleNamespace(strategy=type("DDPStrategy", (), {})()), L.LightningModule()) == ""  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
