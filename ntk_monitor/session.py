@@ -269,7 +269,8 @@ class Session:
         return 0.0 if self.monitor is None else self.monitor.schedule.accounted
 
     def _fingerprint(self) -> Fingerprint | None:
-        return None if self._root is None else Fingerprint.of(self._root, self.monitor.optimizers if self.monitor else ())
+        optimizers = () if self.monitor is None else self.monitor.optimizers
+        return None if self._root is None else Fingerprint.of(self._root, optimizers)
 
     def _unmatched(self, reason: str) -> None:
         if self.monitor is not None:
