@@ -26,10 +26,13 @@ _FIELDS = tuple(field.name for field in fields(Snapshot) if field.name not in (*
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """All probes of a run in increasing order of step. Arrays run over the measured ones and are padded with NaN."""
+    """All probes of a run in increasing order of step. Arrays run over the measured ones and are padded with NaN.
+
+    Light probes are neither measured nor skipped: they hold scalars only (`light`, `series`).
+    """
 
     snapshots: tuple[Snapshot, ...]
-    """Every probe, skipped ones included."""
+    """Every probe, light and skipped ones included."""
     notes: tuple[str, ...] = ()
     """Sentences about what was lost, replaced, or makes probes incomparable."""
     prefix: str = "ntk"
@@ -49,8 +52,23 @@ class History:
 
     @property
     def measured(self) -> tuple[Snapshot, ...]:
-        """The probes that were not skipped."""
+        """The full probes that were not skipped."""
         return tuple(snapshot for snapshot in self.snapshots if snapshot.status == "measured")
+
+    @property
+    def light(self) -> tuple[Snapshot, ...]:
+        """The light probes between them, which hold scalars and no spectrum."""
+        return tuple(snapshot for snapshot in self.snapshots if snapshot.status == "light")
+
+    def series(self, name: str) -> tuple[Steps, Floats]:
+        """Return a logged scalar at every probe that has it, full or light: steps (k,) and finite values (k,).
+
+        Raises:
+            InputError: no scalar has this name.
+        """
+        self.scalar(name)
+        found = [s for s in self.snapshots if s.status != "skipped" and np.isfinite(_number(s, name))]
+        return np.array([s.step for s in found], dtype=np.int64), np.array([_number(s, name) for s in found])
 
     @property
     def steps(self) -> Steps:
@@ -94,6 +112,11 @@ class History:
         new = [i for i in range(len(steps)) if i == 0 or not np.array_equal(values[i], values[i - 1], equal_nan=True)]
         return steps[new], values[new]
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Every array and scalar of the measured probes: name → (dimensions, values, unit and meaning)."""
+        return self._array_variables() | self._number_variables()
+
     def scalar(self, name: str) -> Floats:
         """Return a logged scalar, or a number of the Snapshot such as "loss_value", over the measured steps, (step,).
 
@@ -103,8 +126,7 @@ class History:
         known = dict.fromkeys((*NAMES, *(key for snapshot in self.snapshots for key in snapshot.metrics), *_NUMBERS))
         if name not in known:
             raise InputError(f"no scalar is called {name!r}; choose one of {', '.join(known)}")
-        values = (s.metrics.get(name, getattr(s, name) if name in _NUMBERS else None) for s in self.measured)
-        return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+        return np.array([_number(snapshot, name) for snapshot in self.measured], dtype=np.float64)
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return one row per probe, skipped ones included: every number and text, and what the probe cost by stage.
@@ -139,8 +161,7 @@ class History:
         attributes = {"schema": SCHEMA, "prefix": self.prefix, "notes": "\n".join(self.notes)}
         for last in self.measured[-1:]:
             attributes |= {name: getattr(last, name) for name in ("kernel", "mode", "loss", "probe", "probe_source")}
-        variables = self._array_variables() | self._number_variables()
-        return xarray.Dataset(variables, coords={"step": self.steps}, attrs=attributes)
+        return xarray.Dataset(self.variables, coords={"step": self.steps}, attrs=attributes)
 
     def _array_variables(self) -> dict[str, Any]:
         variables: dict[str, Any] = {}
@@ -205,6 +226,12 @@ def load_history(*runs: Path | Sequence[Path], prefix: str | None = None) -> His
         raise HistoryError("wanted the directory of a run, got nothing; pass one such as lightning_logs/version_0")
     found = read(paths, prefix)
     return History(found.snapshots, found.notes, found.prefix)
+
+
+def _number(snapshot: Snapshot, name: str) -> float:
+    """Return a scalar, or a number of the Snapshot; NaN where it was not measured."""
+    value = snapshot.metrics.get(name, getattr(snapshot, name) if name in _NUMBERS else None)
+    return np.nan if value is None else float(value)
 
 
 def _stacked(arrays: Sequence[Floats | Integers], ndim: int) -> Floats:

@@ -144,7 +144,10 @@ def _stitched(probes: Iterable[tuple[_File, Snapshot]]) -> tuple[list[Snapshot],
         sources[file.name] = None
         replaced: list[tuple[_File, Snapshot]] = []
         while kept and kept[-1][1].step >= snapshot.step:
-            replaced.append(kept.pop())
+            old = kept.pop()
+            # The full probe at the end of a run stands for a light one at the same step.
+            if not (old[1].status == "light" and old[1].step == snapshot.step and old[0] is file):
+                replaced.append(old)
         if replaced:
             steps = [old.step for _, old in replaced]
             owners = ", ".join(sorted({old.name for old, _ in replaced}))

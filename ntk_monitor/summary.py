@@ -39,7 +39,9 @@ def _probes(snapshots: Sequence[Snapshot], measured: Sequence[Snapshot]) -> Iter
         epoch = "" if last.epoch is None else f" (epoch {last.epoch})"
         value = f"{_plural(len(measured), 'probe')}, last at step {last.step}{epoch}"
         source = f" Samples: {last.probe_source}." if last.probe_source else ""
-        yield Row("measured", value, f"The rows below describe the last of these probes.{source}")
+        light = sum(snapshot.status == "light" for snapshot in snapshots)
+        between = f" {_plural(light, 'light probe')} in between kept the learning-rate bounds fresh." if light else ""
+        yield Row("measured", value, f"The rows below describe the last of these probes.{between}{source}")
     else:
         yield Row("measured", "0 probes", "There is nothing to describe yet.")
     skipped = [snapshot for snapshot in snapshots if snapshot.status == "skipped"]
@@ -197,9 +199,9 @@ def _residual(last: Snapshot) -> Iterator[Row]:
         yield Row("residual by speed", "off", f"Modes are off: {last.modes_reason.rstrip('.')}.")
 
 
-def _stability(measured: Sequence[Snapshot]) -> Iterator[Row]:
+def _stability(measured: Sequence[Snapshot], looked: Sequence[Snapshot]) -> Iterator[Row]:
     """Say what the learning rate could have been multiplied by where it was tightest, and what it could be now."""
-    known = [snapshot for snapshot in measured if _finite(snapshot.metrics, "lr_headroom_low", "lr_headroom_high")]
+    known = [snapshot for snapshot in looked if _finite(snapshot.metrics, "lr_headroom_low", "lr_headroom_high")]
     if not known:
         if reason := measured[-1].texts.get("stability", ""):
             yield Row("learning rate", "no bound known", f"{_sentence(reason)}.")
@@ -338,11 +340,12 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".")
 
 
-def _cost(last: Snapshot) -> Iterator[Row]:
-    overhead = last.metrics.get("overhead", math.nan)
+def _cost(last: Snapshot, newest: Snapshot) -> Iterator[Row]:
+    overhead, startup = newest.metrics.get("overhead", math.nan), newest.facts.get("startup_seconds", math.nan)
     spent = sum(value for value in last.seconds.values() if math.isfinite(value))
     if math.isfinite(overhead):
-        meaning = "Share of the run's time that went into measuring."
+        meaning = "Share of the run's time that went into measuring"
+        meaning += f", after a start-up of {_short(startup)} s." if math.isfinite(startup) else "."
         if spent > 0:
             slowest = max(last.seconds, key=lambda stage: last.seconds[stage])
             meaning += f" The last probe took {_short(spent)} s, most of it for: {slowest}."
@@ -356,11 +359,12 @@ def rows(snapshots: Sequence[Snapshot]) -> tuple[Row, ...]:
     samples (equal probe hash).
     """
     measured = [snapshot for snapshot in snapshots if snapshot.status == "measured"]
+    looked = [snapshot for snapshot in snapshots if snapshot.status != "skipped"]
     found = list(_probes(snapshots, measured))
     if measured:
         last = measured[-1]
         for part in (
-            _stability(measured),
+            _stability(measured, looked),
             _forecast(measured),
             _reach(measured),
             _noise(last),
@@ -370,7 +374,7 @@ def rows(snapshots: Sequence[Snapshot]) -> tuple[Row, ...]:
             _kernel(last),
             _size(measured),
             _shape(last),
-            _cost(last),
+            _cost(last, looked[-1]),
         ):
             found += part
     return tuple(found)

@@ -53,6 +53,8 @@ def glance(
     A part that cannot be measured leaves a sentence in `texts`.
     """
     found, gauge = Outlook(), list[Stability]()
+    if now.batch_size is not None:
+        found.facts["batch_size"] = float(now.batch_size)
     _part(found, recipe, "stability", lambda: gauge.extend(_gauge(model, recipe, probe, since, now, found)))
     _part(found, recipe, "updates", lambda: _tangent(model, recipe, probe, since, found))
     return found, gauge[0] if gauge else None
@@ -140,3 +142,17 @@ def _tangent(model: nn.Module, recipe: Recipe, probe: Probe, since: Since, found
     # Where the outputs hardly moved, an error relative to that motion is noise.
     if judged.motion > SMALL_MOTION * since.residual:
         found.metrics["linearisation_error"] = judged.error
+
+
+def skipped_record(step: int, epoch: int | None, probe: Probe, reason: str) -> Snapshot:
+    """Return the record of a probe that failed."""
+    return Snapshot(
+        step=step,
+        epoch=epoch,
+        wall_time=time.time(),
+        status="skipped",
+        reason=reason,
+        samples=probe.samples,
+        probe=probe.hash,
+        probe_source=probe.source,
+    )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntk_monitor.figures.style import BLUE, STEPS, Figure, empty, layout_of, line, measured, note, numbers
+from ntk_monitor.figures.style import BLUE, STEPS, Figure, empty, layout_of, line, looked, note, numbers
 from ntk_monitor.metrics import SCALARS, Scalar
 from ntk_monitor.snapshot import Snapshot
 
@@ -42,7 +42,7 @@ def scalars(snapshots: Sequence[Snapshot], *, columns: int = 3) -> Figure:
 
     Three columns need about 800 pixels of width; a narrow page wants one.
     """
-    drawn = measured(snapshots)
+    drawn = looked(snapshots)
     shown = [s for s in SCALARS if any(np.isfinite(snapshot.metrics.get(s.name, np.nan)) for snapshot in drawn)]
     if not shown:
         return empty("Scalars", "No scalar has been measured yet.")

@@ -31,6 +31,11 @@ def measured(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
     return [snapshot for snapshot in snapshots if snapshot.status == "measured"]
 
 
+def looked(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """Return the probes that hold scalars: full and light ones."""
+    return [snapshot for snapshot in snapshots if snapshot.status != "skipped"]
+
+
 def layout_of(title: str, tooltip: str, **layout: Any) -> Figure:
     """Return a layout with its title and the sentence that stands behind it."""
     base = {"title": {"text": title}, "meta": {"tooltip": tooltip}, "hovermode": "closest", "showlegend": False}

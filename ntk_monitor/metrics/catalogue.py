@@ -86,8 +86,9 @@ SCALARS: tuple[Scalar, ...] = (
     Scalar(
         "overhead",
         "fraction of wall time",
-        "time spent inside the monitor since training started, divided by all time since then",
-        "high during the first steps, before the cadence has settled",
+        "time spent inside the monitor since the end of its start-up, divided by all time since then",
+        "start-up (drawing the probe, matching the loss, the first complete probe) is told apart, in the record; high "
+        "during the first steps after it, while early light probes are paid back",
     ),
 )
 

@@ -17,7 +17,7 @@ _FORMULAS: dict[str, tuple[str, tuple[float, float], Literal["S", "A", "B"], str
     "residual_out_of_reach": ("Σ c_i² over time_to_learn_i > remaining, / Σ c_i²", _SHARE, "S", "Jacot 2018"),
     "loss_remaining": ("loss of the simulation at the planned end", _ANY, "S", "Zancato 2020; Lee 2019"),
     "explained_error": ("|f̂(θ₁) - f(θ₁)| / |f(θ₁) - f(θ₀)|, f̂ by (K₀ + K₁)/2", _ANY, "B", "Lee 2019"),
-    "overhead": ("seconds in the monitor / seconds since training started", _SHARE, "A", ""),
+    "overhead": ("seconds in the monitor / seconds, both since its start-up ended", _SHARE, "A", ""),
 }
 
 _WORDS = (
