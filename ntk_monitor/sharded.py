@@ -133,9 +133,9 @@ class Standin:
         # The same object with a new content: whatever else training has set on the module is taken over.
         self.module.__dict__ = self._shadow().__dict__
 
-    def stand_ins(self) -> list[Optimizer]:
-        """Return the run's optimizers as they are now, on the parameters of the copy, with the state last gathered."""
-        return [self._stand_in(getattr(optimizer, "optimizer", optimizer)) for optimizer in self.optimizers]
+    def stand_ins(self, optimizers: Sequence[Any]) -> list[Optimizer]:
+        """Return optimizers of the run as they are now, on the parameters of the copy, with the state last gathered."""
+        return [self._stand_in(getattr(optimizer, "optimizer", optimizer)) for optimizer in optimizers]
 
     def _stand_in(self, live: Optimizer) -> Optimizer:
         new: Optimizer = object.__new__(type(live))

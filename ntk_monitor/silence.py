@@ -21,6 +21,11 @@ class Silence(TorchDispatchMode):
         SpeechError: a collective was called.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else newer versions of torch import their compiler, a second of work, to keep it out of here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in _SPEECH:
             raise SpeechError(

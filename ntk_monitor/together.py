@@ -92,6 +92,7 @@ class Together(Session):
         self.hand = crew.rank > 0
         self._hand = Hand(crew)
         self._standin: Standin | None = None
+        self._others: Sequence[Any] = ()
         self._next = 0
         self._early = False
         self._apart = ""
@@ -126,7 +127,7 @@ class Together(Session):
         if self._standin is None:
             monitor.measured = partial(Shared(self.crew), probe=monitor.probe)
         else:
-            self._standin.optimizers = list(monitor.optimizers)
+            self._standin.optimizers, self._others = list(monitor.optimizers), list(monitor.others)
 
     # Meetings.
 
@@ -160,13 +161,9 @@ class Together(Session):
     def observe(self, step: int, optimizers: list[Any]) -> None:
         """Record the learning rates that the coming optimizer step uses."""
         self._hand.optimizers = optimizers
-        standin = self._standin
-        if standin is None:
-            super().observe(step, optimizers)
-            return
-        standin.optimizers = optimizers
-        with self._contained():
-            super().observe(step, standin.stand_ins())
+        if self._standin is not None:
+            self._standin.optimizers = optimizers
+        super().observe(step, optimizers)
 
     def expect(self, see: Any) -> None:
         """Note outputs and targets of the batch whose loss comes next, at the weights of now."""
@@ -192,10 +189,13 @@ class Together(Session):
         if self.hand:
             return self._serve()
         start, paid = time.perf_counter(), self._paid()
-        probe = super().ending(step) if last else super().due(step)
-        # Copies of sharded weights are refreshed at every batch whose loss is compared.
-        self._early = super().early or (self._standin is not None and self.matching)
-        self._next = step if self._early else self._following(step)
+        probe, following = False, step + 1
+        with self._contained():
+            probe = super().ending(step) if last else super().due(step)
+            # Copies of sharded weights are refreshed at every batch whose loss is compared.
+            self._early = super().early or (self._standin is not None and self.matching)
+            following = step if self._early else self._following(step)
+        self._next = following
         self._announce(Verdict(probe, self._next, self._early, self.resting, self._scalars()))
         self._pay(start, paid)
         self._met = (step, time.perf_counter())
@@ -269,7 +269,8 @@ class Together(Session):
             return True
         try:
             self._standin.refresh()
-            self.monitor.optimizers = self._standin.stand_ins()
+            self.monitor.optimizers = self._standin.stand_ins(self._standin.optimizers)
+            self.monitor.others = self._standin.stand_ins(self._others)
         except Exception as error:
             if self.recipe.strict:
                 raise
