@@ -26,7 +26,7 @@ def fit(root: Path, callbacks: Any, module: Module = None, **options: Any) -> L.
     listed = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *options.pop("also", [])]
     steps = {} if "max_epochs" in options else {"max_steps": 12, "max_epochs": -1}
     run = trainer(root, listed, **{**steps, **options})
-    run.fit(built or Classifier(mlp()), loader(digits()) if data is None else data, valid)
+    run.fit(Classifier(mlp()) if built is None else built, loader(digits()) if data is None else data, valid)
     return run
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -22,25 +22,9 @@ from ntk_monitor.look import Outlook
 from ntk_monitor.metrics import NAMES
 from ntk_monitor.outlook import Watch
 from ntk_monitor.say import NTKWarning
+from tests.fitting import fit, history, tensorboard
 from tests.modules import Classifier, cnn, digits, loader, mlp
 from tests.training import seeded, trainer
-
-
-def fit(root: Path, callback: Any, module: L.LightningModule | None = None, **options: Any) -> L.Trainer:
-    seeded()
-    data = options.pop("data", loader(digits()))
-    callbacks = [callback, *options.pop("also", [])]
-    run = trainer(root, callbacks, **{"max_steps": 12, "max_epochs": -1, **options})
-    run.fit(module or Classifier(mlp()), data)
-    return run
-
-
-def history(root: Path, **options: Any) -> ntk.History:
-    return ntk.load_history(root / "lightning_logs" / "version_0", **options)
-
-
-def tensorboard(root: Path) -> TensorBoardLogger:
-    return TensorBoardLogger(root)
 
 
 def test_zero_configuration_measures_digits(tmp_path: Path) -> None:
@@ -118,7 +102,7 @@ def test_no_logger_with_log_dir_writes_there(tmp_path: Path) -> None:
 
 def test_fast_dev_run_leaves_no_file(tmp_path: Path) -> None:
     callback = NTKMonitor(probe=8)
-    fit(tmp_path, callback, fast_dev_run=True, max_steps=-1, max_epochs=1)
+    fit(tmp_path, callback, fast_dev_run=True, max_epochs=1)
     assert callback.last is not None
     assert not list(tmp_path.rglob("*tfevents*"))
 
@@ -146,7 +130,6 @@ def test_metrics_serve_early_stopping_and_checkpoints(tmp_path: Path) -> None:
         NTKMonitor(probe=8, every_n_steps=5),
         also=[stop, keep],
         enable_checkpointing=True,
-        max_steps=-1,
         max_epochs=6,
     )
     assert run.current_epoch < 6  # an impossible improvement was asked for, so it stopped
@@ -172,13 +155,12 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         return iter(digits(64))
 
 
-def test_streamed_data_give_their_first_batch(tmp_path: Path) -> None:
+def test_streamed_data_are_probed_from_their_beginning(tmp_path: Path) -> None:
     callback = NTKMonitor(every_n_steps=2)
     fit(tmp_path, callback, data=DataLoader(Stream(), 16), max_steps=4, logger=tensorboard(tmp_path))
     found = history(tmp_path)
     assert found[0].step == 0
-    assert found[0].samples == 16
-    assert found[0].probe_source == "the first training batch"
+    assert found[0].samples == 64  # all there is, of the 102 wanted
     assert found[0].loss_status == "matched"
 
 

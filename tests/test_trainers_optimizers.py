@@ -27,7 +27,7 @@ class Players(Classifier):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        first, last = self.optimizers()  # type: ignore[misc]
+        first, last = self.optimizers()  # type: ignore[attr-defined]
         for optimizer in (first, last) if batch_idx % 2 else (first,):
             loss = F.cross_entropy(self(batch[0]), batch[1])
             optimizer.zero_grad()
@@ -57,7 +57,8 @@ def test_an_optimizer_is_picked_by_place_or_by_class() -> None:
 
 def test_parameters_of_the_other_optimizers_are_not_uncovered() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    first, rest = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.SGD([model[1].weight], lr=0.1)
+    weights = list(model.parameters())
+    first, rest = torch.optim.SGD(weights[:2], lr=0.1), torch.optim.SGD(weights[2:3], lr=0.1)
     assert read(model, first).uncovered == ("1.weight", "1.bias")
     assert read(model, first, others=[rest]).uncovered == ("1.bias",)
     assert read(model, first, others=[rest]).names == ("0.weight", "0.bias")
@@ -111,7 +112,7 @@ class Game(Players):
         return made
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        generator, critic = self.optimizers()  # type: ignore[misc]
+        generator, critic = self.optimizers()  # type: ignore[attr-defined]
         turn = generator if batch_idx % 4 == 3 else critic
         made = self(torch.randn(16, 4)).squeeze(1)
         wanted = torch.full_like(made, float(turn is generator))
