@@ -22,6 +22,7 @@ from ntk_monitor.callbacks.ahead import (
 )
 from ntk_monitor.callbacks.averages import Averages
 from ntk_monitor.callbacks.checks import check_device, checked_probe, probe_bytes
+from ntk_monitor.callbacks.clocked import clocked
 from ntk_monitor.callbacks.gradients import clip_coefficient
 from ntk_monitor.callbacks.lightning_base import Base, LightningModule, Trainer, callbacks_of
 from ntk_monitor.callbacks.placeholders import placeholders
@@ -177,6 +178,7 @@ class NTKMonitor(Base):
         self._session.guarded(self._start, trainer, pl_module)
         self._probe_if_due(trainer)
 
+    @clocked
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the probe from the first batch if need be, and note what the loss of this batch will be made of."""
         session = self._session
@@ -186,6 +188,7 @@ class NTKMonitor(Base):
         if early:
             self._probe_if_due(trainer)
 
+    @clocked
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Record the learning rates that this step uses; schedulers change them right after it."""
         counts = not self._chosen or any(o is optimizer for o in self._chosen)
@@ -196,6 +199,7 @@ class NTKMonitor(Base):
             self._session.guarded(self._note_clipping, trainer)
         self._taken += 1
 
+    @clocked
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -206,7 +210,7 @@ class NTKMonitor(Base):
         if session.matching:
             session.guarded(self._compare, trainer, pl_module, outputs)
         if self.monitor is not None:
-            session.guarded(self._note, trainer, outputs, batch)
+            session.noted(self._note, trainer, outputs, batch)
         self._trained = self._steps(trainer)
         if self._told(ending, trainer, self._averages, otherwise=False):
             self._finish(trainer)  # once training has ended, other callbacks may have replaced the weights
@@ -287,7 +291,7 @@ class NTKMonitor(Base):
         sink.publish(self._restored.get("metrics", {}))
         if reason := refusal(trainer, pl_module):
             raise NetworkError(reason)
-        if self._session.enlist(self._measured(pl_module), pl_module):
+        if self._session.enlist(self._measured(pl_module), pl_module, trainer.optimizers):
             return
         probe = self._remembered() or drawn(trainer, self._measured(pl_module), self._remembered_draw(), self.recipe)
         if probe is not None:
