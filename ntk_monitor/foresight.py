@@ -1,7 +1,9 @@
 """Forecasts as part of a look at a run: the last one scored, the next one made, in words where there is none."""
 
+import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -37,7 +39,11 @@ class Foresight:
     def look(self, now: Now, found: Outlook, state: OptimizerState | None, named: Sequence[Direction]) -> None:
         """Score the forecast of the previous probe, then make the next when it is due."""
         self._score(now, found)
-        if self._recipe.every_n_steps is None and self._step is not None:
+        if now.place is not None:
+            self._interval = now.place.interval
+            due = now.place.index % max(1, self._recipe.forecast_every) == 0
+            self._since = self._recipe.forecast_every if due else 0
+        elif self._recipe.every_n_steps is None and self._step is not None:
             self._interval = now.step - self._step
         self._step = now.step
         self._since += 1
@@ -47,6 +53,14 @@ class Foresight:
             found.saving = self._expected(now)
             if self._since >= self._recipe.forecast_every:
                 self._forecast(now, found, state, now.loss, named)
+
+    def handed(self) -> dict[str, Any]:
+        """Return the forecast that the next probe scores."""
+        return {"made": self._made, "made_at": self._step}
+
+    def take(self, handed: dict[str, Any]) -> None:
+        """Take over a forecast that was made before."""
+        self._made, self._step = handed["made"], handed["made_at"]
 
     def _forecast(
         self, now: Now, found: Outlook, state: OptimizerState, loss: Loss, named: Sequence[Direction]
@@ -100,7 +114,7 @@ class Foresight:
                 start=now.predictions,
                 rates=coming(steps, state, now.rates_ahead),
                 clip=now.clip,
-                seconds=max(1.0, _PRICE * now.cost),
+                seconds=math.inf if now.place else max(1.0, _PRICE * now.cost),
                 population=now.population,
             )
         except (NoForecastError, NTKMonitorError) as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
@@ -39,6 +40,24 @@ class Measurement:
     seconds: dict[str, float]
     coverage: Coverage
 
+    @property
+    def jacobian_eps(self) -> float:
+        """Relative spacing of the numbers that the Jacobian was computed in."""
+        return float(torch.finfo(self.kernel.jacobian_dtype).eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a probe stands in a series that is measured afterwards.
+
+    Nothing is then carried from probe to probe but what is compared: no pooling, no warm start, no budget. The same
+    series gives the same records, whatever was interrupted or shared in between.
+    """
+
+    index: int
+    interval: int | None
+    """Optimizer steps to the next probe; None: it is the last."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Now:
@@ -69,6 +88,7 @@ class Now:
     cost: float = 0.0
     """Seconds that the kernel of this probe took."""
     affordable: float = math.inf
+    place: Place | None = None
     """Seconds that forecasts may take."""
     rates: Array = field(default_factory=lambda: np.empty((0, 0)))
     """Learning rates of the steps since the previous probe, (steps, groups); empty when they are not known."""

@@ -11,6 +11,7 @@ moves it by -lr Sᵀ K S u. N is the number of samples the loss averages over.
 | BCE with logits (mean; a = 1 + (w₊ - 1) y) | (a p - w₊ y)/(N C) | √(a p (1-p)/(N C)) | Pearson residual |
 """
 
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -363,3 +364,28 @@ def candidates(module: nn.Module) -> list[Loss]:
     ]
     names = {loss.name for loss in attached}
     return attached + [loss for loss in usual if loss.name not in names]
+
+
+def from_name(name: str) -> Loss | None:
+    """Return the Loss of which this is the name, such as "cross_entropy(mean, label_smoothing=0.1)".
+
+    None where a name does not say all: class weights, or a callable.
+    """
+    found = re.fullmatch(
+        r"(mse|cross_entropy|bce_with_logits|huber|token_cross_entropy)\((mean|sum)((?:, \w+=[^,]+)*)\)", name
+    )
+    if found is None:
+        return None
+    kind, reduction, rest = found.groups()
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(", ")):
+        key, value = part.split("=")
+        options[key] = value == "True" if value in ("True", "False") else float(value)
+    makers: dict[str, Callable[..., Loss]] = {
+        "mse": mse,
+        "cross_entropy": cross_entropy,
+        "bce_with_logits": bce_with_logits,
+        "token_cross_entropy": token_cross_entropy,
+    }
+    made = huber(**options) if kind == "huber" else makers[kind](reduction, **options)
+    return made if made.name == name else None

@@ -4,6 +4,7 @@
 become known in between.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ntk_monitor.facts import kept_outputs, of_outputs
 from ntk_monitor.given import listed, probe_of, rates_of, reference_of, table
 from ntk_monitor.guard import random_state
 from ntk_monitor.kernel import Kernel, measured
-from ntk_monitor.look import Measurement, Now, Outlook
+from ntk_monitor.look import Measurement, Now, Outlook, Place
 from ntk_monitor.losses import Loss, Terms, recognised
 from ntk_monitor.memory import Room, waited, weighed
 from ntk_monitor.metrics import Measured, evaluate
@@ -36,7 +37,7 @@ from ntk_monitor.schedule import SECOND, LearningRates, Mean, Schedule, Tier
 from ntk_monitor.snapshot import Snapshot, shown_order
 from ntk_monitor.spectrum import Spectrum
 from ntk_monitor.targets import classes, features, loss_value, terms_of
-from ntk_monitor.tiers import Moment, glance, light_record
+from ntk_monitor.tiers import Moment, glance, light_record, skipped_record
 
 Array = NDArray[np.float64]
 
@@ -106,6 +107,7 @@ class Monitor:
         self._weighed = self._foretold = False
         self._asked: tuple[int, Tier | None] = (0, None)
         self.written: dict[str, float] = {}
+        self.place: Place | None = None
         self._previous: tuple[int, Array, Modes | None] | None = None
 
     def observe(self) -> None:
@@ -205,7 +207,7 @@ class Monitor:
         """
         start = time.perf_counter()
         terms, reason = terms_of(self.loss, self.loss_status, self.probe, raw.layout, raw.predictions)
-        modes = None if terms is None else Modes.of(raw.values, terms, jacobian_eps=_eps(raw))
+        modes = None if terms is None else Modes.of(raw.values, terms, jacobian_eps=raw.jacobian_eps)
         previous = self._previous
         carried, previous_step = np.empty(0), None
         if modes is not None and terms is not None and previous is not None and previous[2] is not None:
@@ -213,7 +215,8 @@ class Monitor:
         labels = classes(self.probe, self.loss)
         means = mean_over_outputs(raw.values, self.probe.samples)
         metrics = self._metrics(raw)
-        with_gram = self.recipe.gram_every and self.probes % self.recipe.gram_every == 0
+        count = self.probes if self.place is None else self.place.index
+        with_gram = self.recipe.gram_every and count % self.recipe.gram_every == 0
         order = shown_order(labels, self.probe.samples)
         if fresh:
             with random_state():  # a user's own metrics may draw numbers
@@ -287,7 +290,7 @@ class Monitor:
             layout=raw.layout,
             values=raw.values,
             spectrum=raw.spectrum,
-            jacobian_eps=_eps(raw),
+            jacobian_eps=raw.jacobian_eps,
             targets=features(self.probe, self.loss),
             predictions=raw.predictions,
             terms=terms,
@@ -304,7 +307,8 @@ class Monitor:
             cost=raw.seconds.get("kernel", 0.0),
             rates=table(rates),
             rates_ahead=self.rates_ahead,
-            affordable=self.schedule.affordable(raw.seconds.get("kernel", 0.0)),
+            affordable=math.inf if self.place else self.schedule.affordable(raw.seconds.get("kernel", 0.0)),
+            place=self.place,
         )
 
     def light(self, step: int, epoch: int | None = None) -> Snapshot:
@@ -352,16 +356,20 @@ class Monitor:
         reason = error if isinstance(error, str) else said(error)
         say(f"probe at step {step} skipped: {reason}")
         self.schedule.done(step, 0.0)
-        return Snapshot(
-            step=step,
-            epoch=epoch,
-            wall_time=time.time(),
-            status="skipped",
-            reason=reason,
-            samples=self.probe.samples,
-            probe=self.probe.hash,
-            probe_source=self.probe.source,
-        )
+        return skipped_record(step, epoch, self.probe, reason)
+
+    def handed(self) -> dict[str, Any]:
+        """Return what the next probe compares with; see `ntk_monitor.handover`."""
+        return {"previous": self._previous} | self._watch.handed()
+
+    def take(self, handed: dict[str, Any]) -> None:
+        """Go on where another monitor of the same network and probe stood."""
+        self._previous = handed["previous"]
+        self._watch.take(handed)
+
+    def begin(self, raw: Measurement) -> None:
+        """Take this measurement for that of the first probe, with which later ones compare."""
+        self._watch.begin(raw.values)
 
     def _weigh(self, layout: str, outputs: int, parameters: int) -> None:
         words = weighed(self.recipe, self.probe.samples, layout, outputs, parameters)
@@ -375,7 +383,7 @@ class Monitor:
             kernel=raw.values,
             samples=self.probe.samples,
             layout=raw.layout,
-            jacobian_eps=_eps(raw),
+            jacobian_eps=raw.jacobian_eps,
             targets=features(self.probe, self.loss),
             previous=None if self._previous is None else self._previous[1],
             solved=raw.spectrum,
@@ -384,12 +392,7 @@ class Monitor:
 
 
 def _outputs(predictions: Tensor) -> int:
-    """Return C, the number of outputs of one sample."""
-    return predictions[0].numel()
-
-
-def _eps(raw: Measurement) -> float:
-    return float(torch.finfo(raw.kernel.jacobian_dtype).eps)
+    return predictions[0].numel()  # C, of one sample
 
 
 def _square(kernel: Tensor) -> Array:

@@ -96,6 +96,21 @@ class Watch:
         if gauge is not None:
             self.gauge, self._rates = gauge, rates
 
+    def handed(self) -> dict[str, Any]:
+        """Return what the next look compares with."""
+        own = {"kept": self._kept, "first": self._first, "values": self._values, "first_values": self._first_values}
+        return own | self._foresight.handed()
+
+    def take(self, handed: dict[str, Any]) -> None:
+        """Take over what another Watch has handed on."""
+        self._kept, self._first = handed["kept"], handed["first"]
+        self._values, self._first_values = handed["values"], handed["first_values"]
+        self._foresight.take(handed)
+
+    def begin(self, values: Array) -> None:
+        """Take the weights of now, and their kernel, for those of the first probe."""
+        self._first, self._first_values = Kept.of(self._model, self._recipe.params), values
+
     def _guarded(self, found: Outlook, part: str, measure: Callable[[], None]) -> None:
         start, full = time.perf_counter(), False
         try:
@@ -155,7 +170,7 @@ class Watch:
             clipped=self._clip,
             params=recipe.params,
             forward=recipe.forward,
-            start=None if self.gauge is None else self.gauge.vector,
+            start=None if self.gauge is None or now.place else self.gauge.vector,
             seed=recipe.seed,
         )
         self.gauge, self._rates = judged, tuple(group.lr for group in state.groups)
@@ -187,7 +202,7 @@ class Watch:
                 "not measured: BatchNorm couples the samples, which then have no gradients of their own"
             )
             return
-        self._noise = [*self._noise, scale][-_POOLED:]
+        self._noise = [scale] if now.place else [*self._noise, scale][-_POOLED:]
         scale = pooled(self._noise)
         found.texts["noise"] = scale.text
         if scale.resolved:
@@ -248,7 +263,8 @@ class Watch:
         mine = {*NAMES, "noise_scale_bound"}
         names = [m.name for m in METRICS.values() if m.default and m.name not in mine]
         # The kernel adapts even to random labels of the probe, so that only the first errors say something of the task.
-        names += ["sample_loo"] if self._looks < _EARLY else []
+        looks = self._looks if now.place is None else now.place.index
+        names += ["sample_loo"] if looks < _EARLY else []
         self._looks += 1
         known = found.facts
         found.facts = {name: v for name, v in evaluate(measured, names).items() if np.isfinite(v)} | known

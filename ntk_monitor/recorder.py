@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -105,7 +105,7 @@ def append(path: Path, *events: Event) -> None:
     with path.open("ab", buffering=0) as file:
         start = file.seek(0, os.SEEK_END)
         # A file of no version is one of TensorBoard's first, whose steps may not decrease.
-        content = _encoded([] if start else [_header()], events)
+        content = encoded([] if start else [_header()], events)
         rest = memoryview(content)
         try:
             while rest:
@@ -113,17 +113,23 @@ def append(path: Path, *events: Event) -> None:
         except BaseException:  # Ctrl-C included
             # Half a record would make all later ones unreadable. What others wrote behind it is not ours to cut.
             end = file.tell()
-            if end < start + len(content) and end == file.seek(0, os.SEEK_END):
+            if start < end < start + len(content) and end == file.seek(0, os.SEEK_END):
                 file.truncate(start)
             raise
 
 
-def _header() -> Event:
+def _header(wall_time: float | None = None) -> Event:
     source = SourceMetadata(writer="ntk_monitor.recorder")
-    return Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=source)
+    return Event(wall_time=wall_time or time.time(), file_version="brain.Event:2", source_metadata=source)
 
 
-def _encoded(*parts: Iterable[Event]) -> bytes:
+def whole(events: Sequence[Event]) -> bytes:
+    """Return the content of an event file that holds exactly these records: the same for the same records."""
+    return encoded([_header(events[0].wall_time if events else None)], events)
+
+
+def encoded(*parts: Iterable[Event]) -> bytes:
+    """Return records as they stand in an event file."""
     records = io.BytesIO()
     for one in itertools.chain(*parts):
         RecordWriter(records).write(one.SerializeToString())

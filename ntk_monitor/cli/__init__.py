@@ -1,7 +1,8 @@
 """The command line: parse, call, print. One file per command; `COMMANDS` lists them.
 
 A command's module has a docstring (first line: what it does), an `EXAMPLE`, `add(parser)` that declares its options and
-`run(**options)` that returns the exit code. It imports torch and Lightning inside `run`, so that --help is quick.
+`run(**options)` that returns the exit code; `WORDS` where options have arguments of their own that follow. It imports
+torch and Lightning inside `run`, so that --help is quick.
 Exit codes: 0 done, 1 findings of severity error with --strict, 2 bad input (one sentence on stderr; --debug shows the
 traceback), 130 interrupted.
 """
@@ -9,6 +10,7 @@ traceback), 130 interrupted.
 import importlib
 import re
 import sys
+import textwrap
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,18 +23,25 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PROGRAM = "ntk-monitor"
-COMMANDS = ("demo", "report")
+COMMANDS = ("demo", "analyze", "plan", "report", "compare", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `argv` is what follows the program's name, None: as in the shell."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = _parser().parse_args(words)
+        words, taken = _taken(words)
+        parser = _parser()
+        options = parser.parse_args(words)
+        if options.print_completion is not None:
+            from ntk_monitor.cli.completion import script
+
+            sys.stdout.write(script(parser, options.print_completion))
+            return 0
         if options.command is None:
             raise InputError(f"wanted a command ({', '.join(COMMANDS)}), got none; see {PROGRAM} --help")
         known = vars(options[options.command])
-        return int(_module(options.command).run(**{name: known[name] for name in known if name != "debug"}))
+        return int(_module(options.command).run(**{name: known[name] for name in known if name != "debug"}, **taken))
     except SystemExit as done:
         # --help and --version end here.
         return done.code if isinstance(done.code, int) else 0
@@ -45,6 +54,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _taken(words: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """Take out the arguments of classes that only the command can parse, such as --model.width 64.
+
+    A command names them in `WORDS`; "model" gives the option `model_words`.
+    """
+    command = next((word for word in words if word in COMMANDS), None)
+    prefixes = getattr(_module(command), "WORDS", ()) if command else ()
+    kept: list[str] = []
+    taken: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    rest = iter(words)
+    for word in rest:
+        prefix = next((p for p in prefixes if word.startswith(f"--{p}.")), None)
+        if prefix is None:
+            kept.append(word)
+            continue
+        taken[prefix].append(word)
+        if "=" not in word and (value := next(rest, None)) is not None:
+            taken[prefix].append(value)
+    return kept, {f"{prefix}_words": tuple(found) for prefix, found in taken.items() if found}
+
+
 def _module(command: str) -> ModuleType:
     return importlib.import_module(f"ntk_monitor.cli.{command}")
 
@@ -52,8 +82,16 @@ def _module(command: str) -> ModuleType:
 def _parser() -> "ArgumentParser":
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+    from ntk_monitor.cli.completion import complete_paths
+
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """jsonargparse's help, with line breaks of descriptions and examples kept."""
+        """jsonargparse's help, paragraphs of descriptions filled, indented lines (examples) kept as they are."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            paragraphs = (part for part in text.strip().split("\n\n"))
+            return "\n\n".join(
+                part if "\n  " in part else textwrap.fill(" ".join(part.split()), width) for part in paragraphs
+            )
 
     def parser(description: str, example: str, **more: Any) -> ArgumentParser:
         made = ArgumentParser(
@@ -68,6 +106,9 @@ def _parser() -> "ArgumentParser":
 
     about = "Watch the empirical neural tangent kernel of a network while it trains."
     whole = parser(about, f"{PROGRAM} demo", prog=PROGRAM, version=__version__)
+    whole.add_argument(
+        "--print-completion", type=str, default=None, metavar="SHELL", help="completion script for bash, zsh or tcsh"
+    )
     commands = whole.add_subcommands(
         required=False, dest="command", metavar="COMMAND", title="commands", description=None
     )
@@ -76,6 +117,7 @@ def _parser() -> "ArgumentParser":
         text = (module.__doc__ or "").strip()
         one = parser(text, module.EXAMPLE)
         module.add(one)
+        complete_paths(one)
         commands.add_subcommand(name, one, help=text.splitlines()[0])
     return whole
 
