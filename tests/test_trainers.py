@@ -22,7 +22,7 @@ from tests.training import outcome, seeded, trainer
 
 
 def monitor(**options: Any) -> NTKMonitor:
-    fixed: dict[str, Any] = {"probe": 8, "every_n_steps": 4, "reference": 0, "verify": False}
+    fixed: dict[str, Any] = {"probe": 8, "every_n_steps": 4, "reference": 0, "verify": False, "gram_every": 0}
     return NTKMonitor(**{**fixed, **options})
 
 

@@ -14,8 +14,12 @@ from tests.modules import Classifier, Validated, cnn, mlp
 from tests.training import outcome
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def monitor() -> NTKMonitor:
-    return NTKMonitor(probe=8, every_n_steps=6, reference=0, verify=False)
+    return NTKMonitor(probe=8, every_n_steps=6, reference=0, verify=False, gram_every=0)
 
 
 def ema() -> L.Callback:
@@ -29,7 +33,7 @@ class Stops(L.Callback):
         trainer.should_stop = trainer.current_epoch == 1
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [slow(True), False])
 def test_the_weights_being_trained_are_measured_beside_an_average(first: bool, tmp_path: Path) -> None:
     both: list[Any] = [monitor(), ema()] if first else [ema(), monitor()]
     for root, callbacks in ((tmp_path / "a", [monitor()]), (tmp_path / "b", both)):
@@ -58,7 +62,7 @@ def test_a_monitor_listed_first_measures_the_last_weights_of_a_sudden_end(tmp_pa
     assert found[-1].metrics["trace"] == history(tmp_path / "a")[-1].metrics["trace"]
 
 
-@pytest.mark.parametrize(("build", "first"), [(mlp, False), (cnn, True), (cnn, False)])
+@pytest.mark.parametrize(("build", "first"), [(mlp, False), (cnn, False), slow(cnn, True)])
 def test_stochastic_averaging_and_its_last_pass_are_left_alone(build: Any, first: bool, tmp_path: Path) -> None:
     def run(root: Path, watched: list[Any]) -> dict[str, str]:
         swa = StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=1)

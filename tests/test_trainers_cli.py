@@ -73,7 +73,7 @@ trainer:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about what Lightning asks of it
-@pytest.mark.parametrize("optimizer", ["0", "SGD"])
+@pytest.mark.parametrize("optimizer", ["SGD", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_run_from_yaml(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(root=tmp_path, optimizer=optimizer))

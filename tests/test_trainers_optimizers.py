@@ -40,7 +40,7 @@ class Players(Classifier):
 
 
 def watched(optimizer: Any = None, **options: Any) -> NTKMonitor:
-    fixed: dict[str, Any] = {"probe": 8, "every_n_steps": 4, "loss": "cross_entropy", "verify": False}
+    fixed: dict[str, Any] = {"probe": 8, "every_n_steps": 4, "loss": "cross_entropy", "verify": False, "gram_every": 0}
     return NTKMonitor(optimizer=optimizer, **{**fixed, **options})
 
 
