@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from ntk_monitor.monitor import Monitor
 
 _P = ParamSpec("_P")
 
 
+@runtime_checkable
 class _Monitored(Protocol):
     @property
     def monitor(self) -> Monitor | None: ...
