@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ntk_monitor.callbacks.checks import check_device, checked_probe
-from ntk_monitor.callbacks.huggingface_data import Called, dataset_like, drawn, matched, outputs_of
+from ntk_monitor.callbacks.clocked import clocked
+from ntk_monitor.callbacks.huggingface_data import Called, drawn, matched, outputs_of
 from ntk_monitor.callbacks.huggingface_run import (
-    HuggingFaceSink,
     effective_batch,
     own_loss,
     plain_optimizer,
@@ -26,6 +26,7 @@ from ntk_monitor.callbacks.huggingface_run import (
     smoothing,
     trainer_of,
 )
+from ntk_monitor.callbacks.huggingface_sink import HuggingFaceSink
 from ntk_monitor.errors import InputError, said
 from ntk_monitor.losses import recognised
 from ntk_monitor.monitor import Monitor
@@ -73,10 +74,10 @@ class NTKMonitorCallback(TrainerCallback):
         InputError: an option outside its range, or an empty or inconsistent probe. Only here, never inside `train`.
     """
 
-    def __init__(self, probe: Any = None, *, positions: Positions | None = None, **options: Any) -> None:
+    def __init__(self, probe: Any = None, *, positions: Any = None, **options: Any) -> None:
         self._trusted = options.get("loss") == "model" if isinstance(options.get("loss"), str) else False
         self.recipe = Recipe(**({**options, "loss": None} if self._trusted else options))
-        self._wanted = probe if dataset_like(probe) else checked_probe(probe, self.recipe.seed)
+        self._wanted = checked_probe(probe, self.recipe.seed)
         if self.recipe.loss is not None:
             recognised(self.recipe.loss)
         check_device(self.recipe.device)
@@ -100,42 +101,51 @@ class NTKMonitorCallback(TrainerCallback):
         self._session = Session(self.recipe)
         if state.is_world_process_zero:
             self._session.guarded(self._start, args, state, control, known)
+            self._probe_if_due(state)
 
+    @clocked
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         """Record the learning rates that this step uses; the scheduler changes them right after it."""
         if self.monitor is not None:
             self._session.observe(state.global_step, [plain_optimizer(known["optimizer"])])
 
+    @clocked
     def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         """Probe when the cadence asks for it, and after the last step."""
-        session = self._session
-        # The last weights are measured here: by the end of training the Trainer may have loaded the best ones.
-        last = control.should_training_stop and self._unmeasured(state)
-        if last or session.due(state.global_step):
-            session.guarded(session.probe, state.global_step, int(state.epoch or 0))
+        if control.should_training_stop:
+            self._finish(state)  # by the end of training the Trainer may have loaded the best weights
+        else:
+            self._probe_if_due(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **known: Any) -> None:
         """Note the mean training loss that the Trainer reports."""
-        self._session.guarded(self._note, logs or {})
+        self._session.noted(self._note, logs or {})
 
     def on_save(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         """Write into the checkpoint what a resumed run needs to go on with the same history."""
         self._session.guarded(self._remember, args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        """Measure the last weights, unless that was done, and write what is still waiting."""
-        session = self._session
-        session.guarded(session.settle)
-        loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if self._unmeasured(state) and not loaded:
-            session.guarded(session.probe, state.global_step, int(state.epoch or 0))
-        session.guarded(session.flush)
+        """Measure the last weights, unless that was done or others have taken their place."""
+        if not (args.load_best_model_at_end and state.best_model_checkpoint):
+            self._finish(state)
+        self._session.guarded(self._session.flush)
+        self._session.close()
+
+    def _probe_if_due(self, state: Any) -> None:
+        if self._session.due(state.global_step):
+            self._session.guarded(self._session.probe, state.global_step, int(state.epoch or 0))
+
+    def _finish(self, state: Any) -> None:
+        if self._session.ending(state.global_step):
+            self._session.guarded(self._session.probe, state.global_step, int(state.epoch or 0))
 
     # Steps: each may raise, and is only called through `Session.guarded`.
 
     def _start(self, args: Any, state: Any, control: Any, known: dict[str, Any]) -> None:
         session, trainer = self._session, trainer_of()
-        session.sink = HuggingFaceSink(args, state, control, trainer, self.recipe)
+        callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+        session.sink = HuggingFaceSink((args, state, control), callbacks, self.recipe)
         if reason := refusal(args):
             session.rest(reason)
             return
@@ -150,13 +160,11 @@ class NTKMonitorCallback(TrainerCallback):
         monitor.total_steps = self.recipe.total_steps or int(state.max_steps) or None
         monitor.rates_ahead = partial(rates_ahead, optimizer, scheduler)
         monitor.clip = float(args.max_grad_norm) or None
-        monitor.population = population_of(getattr(loader, "dataset", None))
+        monitor.population = population_of(loader)
         monitor.batch_size = self.recipe.batch_size or effective_batch(args)
         monitor.reference = self._reference(loader, monitor)
         self._resume(monitor, args, state)
         session.begin(monitor, model, None)
-        if session.due(state.global_step):
-            session.probe(state.global_step, int(state.epoch or 0))
 
     def _monitor(self, model: Any, probe: Probe, forward: Called, trainer: Any) -> Monitor:
         """Return the Monitor, its loss known and its kernel chosen."""
@@ -210,9 +218,6 @@ class NTKMonitorCallback(TrainerCallback):
     def _note(self, logs: dict[str, Any]) -> None:
         if self.monitor is not None and isinstance(logs.get("loss"), (int, float)):
             self.monitor.losses.add(float(logs["loss"]))
-
-    def _unmeasured(self, state: Any) -> bool:
-        return self.monitor is not None and self.monitor.schedule.last_step != state.global_step
 
 
 def _checked(positions: Any) -> Positions | None:

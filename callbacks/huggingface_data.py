@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from ntk_monitor.batch import take
 from ntk_monitor.errors import InputError
@@ -14,8 +14,9 @@ from ntk_monitor.guard import undisturbed
 from ntk_monitor.losses import Loss, candidates, cross_entropy, token_cross_entropy
 from ntk_monitor.matching import Matching
 from ntk_monitor.network import Network, call, only_tensor
-from ntk_monitor.probe import Probe, default_samples, draw
-from ntk_monitor.text import Positions, at, unpacked
+from ntk_monitor.probe import Probe, dataset_of, default_samples
+from ntk_monitor.streams import streaming
+from ntk_monitor.text import FLASH, Positions, at, unpacked
 
 # Logits of the whole probe, N·T·V numbers; 1 GiB in float32. Never fewer sequences than 8.
 _LOGITS, _FEWEST, _MOST = 2**28, 8, 64
@@ -26,7 +27,7 @@ _CHUNKS, _CHUNK = 4, 8
 
 @dataclass(frozen=True)
 class Called:
-    """Calls a model as the Trainer does, outside of mixed precision, and returns its logits.
+    """Calls a model as the Trainer does, in the precision of its parameters, and returns its logits.
 
     Attributes:
         forward: the user's own callable (module, inputs); None: keywords from the batch.
@@ -38,18 +39,24 @@ class Called:
 
     def __call__(self, module: nn.Module, inputs: Any) -> Any:
         """Return the outputs that are measured."""
-        output = (self.forward or call)(full_precision(module), inputs)
+        output = (self.forward or call)(as_written(module), inputs)
         if self.positions is None:
             return output
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         return at(only_tensor(output), self.positions, mask)
 
 
-def full_precision(module: nn.Module) -> nn.Module:
-    """Undo on a shadow what Accelerate does to a model for mixed precision: a forward inside autocast."""
+def as_written(module: nn.Module) -> nn.Module:
+    """Undo on a shadow what a Trainer does to the way a model runs: autocast around forward, activation checkpointing.
+
+    The first would round the kernel to three digits. The second computes the same function and saves memory of the
+    backward pass, but runs parts of it once more where nobody sees them, with dropout.
+    """
     for part in module.modules():
         if (original := part.__dict__.get("_original_forward")) is not None:
             part.__dict__["forward"] = original
+        if part.__dict__.get("gradient_checkpointing"):
+            part.__dict__["gradient_checkpointing"] = False
     return module
 
 
@@ -63,8 +70,8 @@ class _Documents:
     def __call__(self, items: list[Any]) -> Any:
         batch = self.collate(items)
         documents = unpacked(batch)
-        self.packed = batch if documents is not None else None
-        return dict(batch) if documents is None and isinstance(batch, Mapping) else documents or batch
+        self.packed = None if documents is None else batch
+        return batch if documents is None else documents
 
 
 def drawn(loader: Any, model: nn.Module, wanted: Any, forward: Called, seed: int) -> Probe:
@@ -73,41 +80,33 @@ def drawn(loader: Any, model: nn.Module, wanted: Any, forward: Called, seed: int
     Args:
         loader: the Trainer's, whose dataset and collator are used, never its iterator.
         model: measured, to learn how many outputs a sample has.
-        wanted: None, a number of samples, or what `Probe.of` takes; map-style datasets of any library.
+        wanted: None, a number of samples, or what `Probe.of` takes.
         forward: how the model is called.
         seed: of the draw.
 
     Raises:
-        InputError: data without indices, or rows of packed documents that see each other.
+        InputError: data that no sample can be taken from, or rows of packed documents that see each other.
     """
-    if isinstance(wanted, Probe) or not (wanted is None or isinstance(wanted, int) or dataset_like(wanted)):
-        return _whole(model, Probe.of(wanted, default_samples(1), seed))
     own = wanted is None or isinstance(wanted, int)
-    data = getattr(loader, "dataset", None) if own else wanted
-    collate = getattr(loader, "collate_fn", None)
-    if isinstance(wanted, DataLoader):
-        data, collate = wanted.dataset, wanted.collate_fn
-    if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
-        raise InputError(
-            f"a probe is drawn by index, got a training set {type(data).__name__} without one; pass "
-            "probe=(inputs, labels) or a dataset with indices"
-        )
-    count = wanted if isinstance(wanted, int) else _default(model, _drawn(model, data, 2, seed, collate), forward)
-    probe = _drawn(model, data, count, seed, collate)
-    return probe if own else replace(probe, indices=())  # places in another set say nothing about the training set
+    data = loader if own else wanted
+    if dataset_of(data) is None:
+        return _whole(model, Probe.of(data, default_samples(1), seed))
+    count = wanted if isinstance(wanted, int) else _default(model, _taken(model, data, loader, 2, seed), forward)
+    probe = _taken(model, data, loader, count, seed)
+    # Places in another set say nothing about the training set, nor do documents about the rows they were packed in.
+    places = probe.indices if own and len(probe.indices) == probe.samples else ()
+    return replace(probe, indices=places)
 
 
-def dataset_like(data: Any) -> bool:
-    """True for a loader and for a map-style dataset of any library."""
-    if isinstance(data, DataLoader):
-        return True
-    return not isinstance(data, (tuple, list, Mapping, Tensor)) and hasattr(data, "__getitem__")
-
-
-def _drawn(model: nn.Module, data: Any, samples: int, seed: int, collate: Any) -> Probe:
-    documents = None if collate is None else _Documents(collate)
-    probe = draw(data, samples, seed, collate=documents)
-    if documents is not None and documents.packed is not None and not _alone(model, documents.packed, probe):
+def _taken(model: nn.Module, data: Any, loader: Any, samples: int, seed: int) -> Probe:
+    collate = getattr(data if isinstance(data, DataLoader) else loader, "collate_fn", None)
+    if collate is None or (isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None):
+        return _whole(model, Probe.of(data, samples, seed))  # a loader of whole batches
+    documents = _Documents(collate)
+    sampler = None if streaming(data) else getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    whole: DataLoader[Any] = DataLoader(dataset_of(data), 1, sampler=sampler, collate_fn=documents)
+    probe = Probe.of(whole, samples, seed)
+    if documents.packed is not None and not _alone(model, documents):
         raise InputError(
             f"the documents of a packed row see each other in {type(model).__name__}, so that a row is no set of "
             "samples; use an attention implementation that reads position_ids, or pass probe=(inputs, labels)"
@@ -116,12 +115,14 @@ def _drawn(model: nn.Module, data: Any, samples: int, seed: int, collate: Any) -
 
 
 def _whole(model: nn.Module, probe: Probe) -> Probe:
-    """Give an encoder-decoder its labels back, from which it makes the decoder's inputs."""
-    config = getattr(model, "config", None)
+    """Return the probe with its inputs named, and its labels among them where a decoder's inputs are made of these."""
     inputs, made = probe.inputs, ("labels", "decoder_input_ids", "decoder_inputs_embeds")
-    if not getattr(config, "is_encoder_decoder", False) or not isinstance(inputs, Mapping) or {*made} & {*inputs}:
-        return probe
-    return Probe({**inputs, "labels": probe.targets}, probe.targets, probe.source, probe.indices)
+    if isinstance(inputs, Tensor):
+        inputs = {getattr(model, "main_input_name", "input_ids"): inputs}
+    translates = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if translates and isinstance(inputs, Mapping) and probe.targets is not None and not {*made} & {*inputs}:
+        inputs = {**inputs, "labels": probe.targets}
+    return Probe(inputs, probe.targets, probe.source, probe.indices)
 
 
 def _default(model: nn.Module, probe: Probe, forward: Called) -> int:
@@ -132,11 +133,12 @@ def _default(model: nn.Module, probe: Probe, forward: Called) -> int:
     return max(_FEWEST, min(_MOST, _LOGITS // outputs[0].numel()))
 
 
-def _alone(model: nn.Module, packed: Any, probe: Probe) -> bool:
-    """True when documents have the same outputs in a packed row as on their own."""
-    inputs = {k: v for k, v in packed.items() if k != "labels"}
-    together = outputs_of(model, inputs, Called(call)).flatten(0, 1)
-    apart = outputs_of(model, probe.inputs, Called(call))[probe.inputs["attention_mask"].bool()]
+def _alone(model: nn.Module, documents: _Documents) -> bool:
+    """True when the documents of the last batch have the same outputs in a packed row as on their own."""
+    alone = unpacked(documents.packed) or {}
+    rows, parts = ({k: v for k, v in b.items() if k not in ("labels", *FLASH)} for b in (documents.packed, alone))
+    together = outputs_of(model, rows, Called()).flatten(0, 1)
+    apart = outputs_of(model, parts, Called())[alone["attention_mask"].bool()]
     return together.shape == apart.shape and bool(torch.allclose(together, apart, rtol=1e-3, atol=1e-4))
 
 
@@ -163,9 +165,11 @@ def matched(model: nn.Module, probe: Probe, forward: Called, smoothing: Callable
         known = [loss for loss in known if loss.options.get("label_smoothing") != epsilon or loss.kind == "other"]
         known.append(cross_entropy(label_smoothing=epsilon))
     matching = Matching(known)
-    width = max(1, min(_CHUNK, probe.samples // _CHUNKS))
-    for first in range(0, min(probe.samples, _CHUNKS * width), width):
-        inputs, labels = (take(part, slice(first, first + width)) for part in (probe.inputs, probe.targets))
+    # Two samples at least, be it one of them twice: of a single one, mean and sum are the same.
+    width = min(_CHUNK, max(2, probe.samples // _CHUNKS))
+    for chunk in range(_CHUNKS):
+        rows = [(chunk * width + row) % probe.samples for row in range(width)]
+        inputs, labels = take(probe.inputs, rows), take(probe.targets, rows)
         outputs, value = _told(model, inputs, labels, forward)
         if smoothing is not None:
             value = float(smoothing(outputs, labels.to(outputs.device)))
@@ -180,7 +184,7 @@ def _told(model: nn.Module, inputs: Any, labels: Any, forward: Called) -> tuple[
     told: list[Tensor] = []
 
     def both(module: nn.Module, batch: Any) -> Any:
-        output = (forward.forward or call)(full_precision(module), batch)
+        output = (forward.forward or call)(as_written(module), batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(loss, Tensor):
             told.append(loss.detach())

@@ -1,11 +1,10 @@
-"""What a Hugging Face Trainer knows of its run, and where its probes are written."""
+"""What a Hugging Face Trainer knows of its run, and what its checkpoints remember of the monitor."""
 
 import copy
 import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.tensorboard.writer import SummaryWriter
-
-from ntk_monitor import board
-from ntk_monitor.callbacks.event_files import local_file
-from ntk_monitor.events import event
-from ntk_monitor.probe import Probe
-from ntk_monitor.probe_files import Manifest, save
-from ntk_monitor.recipe import Recipe
-from ntk_monitor.recorder import Recorder
-from ntk_monitor.say import say
-from ntk_monitor.snapshot import Snapshot
 
 Array = NDArray[np.float64]
 
@@ -118,70 +106,6 @@ def rates_ahead(optimizer: Any, scheduler: Any, steps: int) -> Array | None:
     except Exception:  # noqa: BLE001 - schedulers are users' code
         return None
     return np.asarray(rows)
-
-
-class HuggingFaceSink:
-    """Writes snapshots beside the Trainer's own logs.
-
-    The whole record goes into the event file of the Trainer's TensorBoardCallback; without one, or with
-    `recipe.log_dir`, into a file of our own, by default in `output_dir`/ntk. Every other integration of the Trainer
-    (Weights & Biases, MLflow ...) gets the scalars the way it gets the Trainer's.
-    """
-
-    def __init__(self, args: Any, state: Any, control: Any, trainer: Any, recipe: Recipe) -> None:
-        self._prefix = recipe.log_prefix
-        self._told = (args, state, control)
-        callbacks = trainer.callback_handler.callbacks if trainer is not None else []
-        boards = [c for c in callbacks if isinstance(getattr(c, "tb_writer", None), SummaryWriter)]
-        self._others = [c for c in callbacks if type(c).__module__.startswith("transformers.integrations")]
-        self._others = [c for c in self._others if not hasattr(c, "tb_writer")]
-        self.writer: SummaryWriter | None = boards[0].tb_writer if boards and not recipe.log_dir else None
-        self.recorder: Recorder | None = None
-        if self.writer is None:
-            self.recorder = Recorder(recipe.log_dir or Path(args.output_dir) / "ntk")
-
-    def publish(self, metrics: Mapping[str, float]) -> None:
-        """Do nothing: this Trainer has no table of metrics for callbacks."""
-
-    def write(self, snapshot: Snapshot) -> None:
-        """Store the record and hand the scalars on. What fails loses its own copy, never the others'."""
-        writers = [partial(self._store, snapshot)]
-        scalars = {f"{self._prefix}/{name}": value for name, value in snapshot.metrics.items()}
-        if scalars:
-            args, state, control = self._told
-            writers += [partial(other.on_log, args, state, control, logs=dict(scalars)) for other in self._others]
-        for write in writers:
-            try:
-                write()
-            except Exception as error:  # noqa: BLE001 - a full disk or a lost server must not stop the run
-                say(f"probe at step {snapshot.step} could not be written: {type(error).__name__}: {error}")
-
-    def keep(self, probe: Probe, manifest: Manifest) -> None:
-        """Store the probe in the directory of the record; nowhere when that is far away.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        file = local_file(self.writer) if self.writer is not None else None
-        directory = self.recorder.log_dir if self.recorder is not None else file and file.parent
-        if directory is not None:
-            save(probe, directory, self._prefix, manifest=manifest)
-
-    def flush(self) -> None:
-        """Close what the end of training may have reopened."""
-        if self.writer is not None:
-            self.writer.close()
-        if self.recorder is not None:
-            self.recorder.close()
-
-    def _store(self, snapshot: Snapshot) -> None:
-        if self.recorder is not None:
-            self.recorder.write(snapshot, self._prefix)
-        if self.writer is not None:
-            shown = [*board.scalars(snapshot, self._prefix), *board.pictures(snapshot, self._prefix)]
-            record = event(snapshot, self._prefix, shown)
-            self.writer._get_file_writer().add_event(record, step=snapshot.step, walltime=snapshot.wall_time)
-            self.writer.flush()  # no hook tells us that the run broke
 
 
 def remembered(checkpoint: Path, prefix: str) -> dict[str, Any]:

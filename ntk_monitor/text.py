@@ -18,10 +18,11 @@ Positions: TypeAlias = Literal["last"] | Sequence[int]
 
 _NOTHING = -100
 
-# Boundaries of packed documents, in the form that flash attention wants; unpacked documents need none.
-_BOUNDARIES = frozenset(
-    {"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k", "seq_idx", "position_ids"}
-)
+FLASH = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+"""Boundaries of packed documents in the form that flash attention wants."""
+
+# Documents of their own need no boundaries.
+_BOUNDARIES = FLASH | {"seq_idx", "position_ids"}
 
 
 def last_tokens(mask: Tensor | None, length: int) -> Tensor | int:
