@@ -3,28 +3,20 @@
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar, cast
 
-from ntk_monitor.monitor import Monitor
-
-_P = ParamSpec("_P")
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
-@runtime_checkable
-class _Monitored(Protocol):
-    @property
-    def monitor(self) -> Monitor | None: ...
+def clocked(hook: _Hook) -> _Hook:
+    """Decorate a hook that is called at every step: what its own parts have not accounted for is paid at its end.
 
-
-_C = TypeVar("_C", bound=_Monitored)
-
-
-def clocked(hook: Callable[Concatenate[_C, _P], None]) -> Callable[Concatenate[_C, _P], None]:
-    """Decorate a hook that is called at every step: what its own parts have not accounted for is paid at its end."""
+    The callback has an attribute `monitor`, a Monitor or None.
+    """
 
     @wraps(hook)
-    def timed(self: _C, *arguments: _P.args, **named: _P.kwargs) -> None:
-        monitor: Any = self.monitor
+    def timed(self: Any, *arguments: Any, **named: Any) -> None:
+        monitor = self.monitor
         if monitor is None:
             hook(self, *arguments, **named)
             return
@@ -35,4 +27,4 @@ def clocked(hook: Callable[Concatenate[_C, _P], None]) -> Callable[Concatenate[_
         finally:
             schedule.pay(max(0.0, time.perf_counter() - start - (schedule.accounted - accounted)))
 
-    return timed  # type: ignore[return-value]  # mypy takes self of a wrapped method for a keyword
+    return cast(_Hook, timed)

@@ -103,7 +103,8 @@ class Session:
         start, schedule = time.perf_counter(), self.monitor.schedule
         with self._contained():
             step(*arguments)
-        schedule.pay(time.perf_counter() - start)
+        with self._contained():
+            schedule.pay(time.perf_counter() - start)
 
     def rest(self, reason: str) -> None:
         """Measure nothing more in this run, and say why. Raises nothing, and frees what the monitor holds."""
