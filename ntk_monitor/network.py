@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ntk_monitor.batch import Batch, moved, size, take
 from ntk_monitor.errors import InputError, NetworkError
+from ntk_monitor.hooks import isolated_hooks
 from ntk_monitor.shadow import Shadow, unwrapped
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
@@ -194,6 +195,7 @@ class Network:
             if self._recurrent and self.device.type == "cuda":
                 # cuDNN has no backward for recurrent layers in evaluation mode.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(isolated_hooks(self._shadow.hook))
             # The last line of defence: a live module reached behind the shadow's back is refused before it runs.
             stack.callback(register_module_forward_pre_hook(self._refuse_live).remove)
             uses: dict[bool, set[int]] = {True: set(), False: set()}

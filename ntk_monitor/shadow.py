@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ntk_monitor.errors import NetworkError
 from ntk_monitor.guard import Generator
+from ntk_monitor.hooks import isolated
 
 # Hooks that see gradients belong to training; forward hooks may be part of the function (old-style weight_norm is one).
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -100,6 +101,10 @@ class Shadow:
         """True for a live module that has a shadow, which must run in its place."""
         return id(live) in self._memo and self._memo[id(live)] is not live
 
+    def hook(self, live: Any) -> Any:
+        """Return the shadow of a forward hook, which writes to copies of all it can reach."""
+        return isolated(self._value(live), self._value)
+
     def _shadow(self, module: nn.Module) -> nn.Module:
         module = unwrapped(module)
         if id(module) in self._memo:
@@ -114,8 +119,10 @@ class Shadow:
         for name, value in module.__dict__.items():
             if name in _BACKWARD_HOOKS:
                 state[name] = type(value)()
+            elif name in _FORWARD_HOOKS:
+                state[name] = type(value)((key, self.hook(hook)) for key, hook in _own_hooks(value).items())
             else:
-                state[name] = self._value(_own_hooks(value) if name in _FORWARD_HOOKS else value)
+                state[name] = self._value(value)
         for name, buffer in module._buffers.items():
             if buffer is not None and state["_buffers"][name] is buffer:  # larger than `_STATE_BYTES`
                 state["_buffers"][name] = buffer.detach().clone()

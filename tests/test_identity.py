@@ -1,4 +1,4 @@
-"""What the matrix of identity (tests/test_matrix.py) leaves out: precisions, validation, engines, two monitors, hooks."""
+"""What the matrix of identity (tests/test_matrix.py) leaves out: precisions, validation, engines, two monitors."""
 
 from collections.abc import Callable
 from pathlib import Path
