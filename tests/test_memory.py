@@ -173,3 +173,26 @@ def test_nothing_waits_without_a_device() -> None:
     assert waited() == 0
     memory.release()
     assert not torch.cuda.is_initialized()
+
+
+@pytest.mark.gpu
+def test_a_device_tells_what_is_free_and_a_full_one_is_recognised() -> None:
+    device = torch.device("cuda")
+    model = nn.Linear(3, 1).to(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    before = free(device)
+    assert before is not None
+    assert 0 < before <= total
+    held = torch.empty(before // 4, dtype=torch.uint8, device=device)
+    now = free(device)
+    assert now is not None
+    assert now <= before - before // 4 + 64 * 2**20
+    del held
+    later = free(device)
+    assert later is not None
+    assert later <= before - before // 4 + 64 * 2**20  # the peak counts, not the moment
+    assert Room(None).bytes(model, settled=True) <= later
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(4 * total, dtype=torch.uint8, device=device)
+    assert out_of_memory(caught.value)
+    assert waited() >= 0
