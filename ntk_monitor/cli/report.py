@@ -15,7 +15,9 @@ EXAMPLE = "ntk-monitor report lightning_logs/version_0 --out report.html"
 def add(parser: "ArgumentParser") -> None:
     """Declare the options."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs")
-    parser.add_argument("--out", type=str, default=None, help="file to write; default: report.html in the first run")
+    parser.add_argument(
+        "--out", type=str, default=None, metavar="FILE", help="file to write; default: report.html in the first run"
+    )
     parser.add_argument("--prefix", type=str, default=None, help="of the tags, where a run has several monitors")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when health finds an error")
 
@@ -29,7 +31,7 @@ def run(runs: list[str], out: str | None, prefix: str | None, strict: bool) -> i
     from ntk_monitor.history import load_history
     from ntk_monitor.report import write
 
-    histories = {name: load_history(path, prefix=prefix) for name, path in _named(runs).items()}
+    histories = {name: load_history(path, prefix=prefix) for name, path in named(runs).items()}
     console = Console()
     for name, history in histories.items():
         if len(histories) > 1:
@@ -41,7 +43,7 @@ def run(runs: list[str], out: str | None, prefix: str | None, strict: bool) -> i
     return 1 if strict and errors else 0
 
 
-def _named(runs: list[str]) -> dict[str, str]:
+def named(runs: list[str]) -> dict[str, str]:
     """Return a short name for every run: the end of its path, as long as it takes to tell them apart."""
     paths = [Path(run).resolve().parts for run in dict.fromkeys(runs)]
     for length in range(1, max(map(len, paths)) + 1):

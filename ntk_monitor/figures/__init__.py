@@ -6,6 +6,9 @@ is not finite, or not positive on a logarithmic axis, becomes None: a gap. `layo
 sentence what is drawn, for the page to show beside the title. A figure without data carries the reason in its middle.
 """
 
+from ntk_monitor.figures.compared import layers_compared as layers_compared
+from ntk_monitor.figures.compared import overlaps as overlaps
+from ntk_monitor.figures.compared import spectra_compared as spectra_compared
 from ntk_monitor.figures.directions import named_residuals as named_residuals
 from ntk_monitor.figures.forecast import forecast_error as forecast_error
 from ntk_monitor.figures.forecast import loss_forecast as loss_forecast

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from ntk_monitor import figures
+from ntk_monitor.compare import Comparison
 from ntk_monitor.errors import InputError
 from ntk_monitor.health import Finding, findings
 from ntk_monitor.history import History
@@ -22,8 +23,12 @@ _ABOUT = (
 )
 
 
-def page(runs: Mapping[str, History]) -> str:
+def page(runs: Mapping[str, History], comparison: Comparison | None = None) -> str:
     """Return the report of these runs, name → history, as HTML that needs no other file.
+
+    Args:
+        runs: in the order they are shown.
+        comparison: what stands above them, in words and figures.
 
     Raises:
         InputError: no run, or no plotly package to take plotly.js from.
@@ -33,6 +38,9 @@ def page(runs: Mapping[str, History]) -> str:
     drawn = {name: panels(history) for name, history in runs.items()}
     specs = {f"{k}-{panel.name}": panel.figure for k, shown in enumerate(drawn.values()) for panel in shown}
     body = [_head(runs)]
+    if comparison is not None:
+        specs |= comparison.figures
+        body.append(_compared(comparison))
     if len(runs) > 1:
         specs["all-runs"] = figures.runs_compared({name: run.snapshots for name, run in runs.items()})
         body.append(_figure("all-runs", specs["all-runs"]["layout"]["meta"]["tooltip"], wide=True))
@@ -51,15 +59,15 @@ def page(runs: Mapping[str, History]) -> str:
     )
 
 
-def write(runs: Mapping[str, History], path: str | os.PathLike[str]) -> Path:
-    """Write the report to a file and return its path.
+def write(runs: Mapping[str, History], path: str | os.PathLike[str], comparison: Comparison | None = None) -> Path:
+    """Write the report to a file and return its path; see `page`.
 
     Raises:
         InputError: see `page`.
         OSError: the file cannot be written.
     """
     target = Path(path)
-    text = page(runs)
+    text = page(runs, comparison)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: a reader never sees half a page.
     part = target.with_name(target.name + ".part")
@@ -74,6 +82,29 @@ def _head(runs: Mapping[str, History]) -> str:
     return (
         f'<header><h1>ntk_monitor</h1><nav>{links}</nav><button id="theme" title="light or dark">◐</button>'
         f'<p class="about">{html.escape(_ABOUT)} Written {when}.</p></header>\n'
+    )
+
+
+def _compared(comparison: Comparison) -> str:
+    def cells() -> Iterator[str]:
+        for row in comparison.rows:
+            kind = ' class="differs"' if row.matters else ""
+            words = "".join(f"<td>{html.escape(word)}</td>" for word in (row.left, row.right, row.meaning))
+            yield f"<tr{kind}><th>{html.escape(row.quantity)}</th>{words}</tr>"
+
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in comparison.names)
+    head = f"<thead><tr><th>quantity</th>{names}<th>what it means</th></tr></thead>"
+    drawn = [
+        _figure(name, figure["layout"]["meta"]["tooltip"], wide=False) for name, figure in comparison.figures.items()
+    ]
+    return "".join(
+        (
+            f'<section class="run" id="compared"><h2>{html.escape(comparison.title)}</h2>',
+            f"<p>{html.escape(comparison.verdict)}</p>",
+            f'<table class="summary compared">{head}<tbody>{"".join(cells())}</tbody></table>',
+            *(f'<p class="note">{html.escape(note)}</p>' for note in comparison.notes),
+            f'<div class="grid">{"".join(drawn)}</div></section>\n',
+        )
     )
 
 
