@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ntk_monitor import parts, together
+from ntk_monitor import sharded as sharding
 from ntk_monitor.kernel import measured
 from ntk_monitor.monitor import Monitor
 from ntk_monitor.recipe import Recipe
@@ -175,6 +176,7 @@ def failing(place: str, on: int, error: BaseException) -> Iterator[None]:
         "buffers": (parts, "with_buffers"),
         "kernel": (parts, "measured"),
         "predictions": (parts, "predictions"),
+        "shards": (sharding, "shards"),
         "finish": (Monitor, "finish"),
         "measure": (Monitor, "measure"),
     }[place]
@@ -213,9 +215,9 @@ def killed(rank: int, step: int, session: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def faulty(place: str, on: int, error: BaseException) -> dict[str, Any]:
+def faulty(place: str, on: int, error: BaseException, **options: Any) -> dict[str, Any]:
     with failing(place, on, error):
-        return run()
+        return run(**options)
 
 
 def divergent() -> dict[str, Any]:
@@ -258,6 +260,10 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "sharded": lambda: run(sharded=True, optimizer="adamw"),
     "replicated": run,
     "sharded sgd": lambda: run(sharded=True),
+    **{
+        f"shards fail on {on}": lambda on=on: faulty("shards", on, MemoryError("planted"), sharded=True)  # type: ignore[misc]
+        for on in (0, 1)
+    },
     "unfit hand": lambda: run(before=unfit),
     "tired conductor": lambda: run(before=tired),
     "absent": lambda: run(before=absent),

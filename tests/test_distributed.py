@@ -46,13 +46,18 @@ def test_replicas_share_the_rows_of_a_kernel_and_train_as_without_it(tmp_path: P
 
 @pytest.mark.slow
 def test_shards_are_put_together_before_every_probe(tmp_path: Path) -> None:
-    seen = together(tmp_path, "plain sharded", "sharded", "sharded sgd", "replicated", seconds=300)
+    lost = ("shards fail on 0", "shards fail on 1")
+    seen = together(tmp_path, "plain sharded", "sharded", "sharded sgd", "replicated", *lost, seconds=300)
     assert trained_alike(seen["plain sharded"], seen["sharded"])
     for name in ("sharded", "sharded sgd"):
         assert seen[name][0]["status"] == ["measured"] * 4, seen[name]
         assert exact(seen[name], 5), seen[name]
     # Momentum and learning rate reach the copy: the gauge is that of replicas with the same weights.
     assert seen["sharded sgd"][0]["sharpness"] == pytest.approx(seen["replicated"][0]["sharpness"], rel=1e-8)
+    for name in lost:
+        assert trained_alike(seen["sharded sgd"], seen[name])
+        assert seen[name][0]["status"] == ["skipped"] * 3
+        assert "planted" in seen[name][0]["resting"]
     assert "AdamW, got 6" in seen["sharded"][0]["stability"][-1]
 
 
