@@ -22,7 +22,16 @@ from tests.histories import HEALTHY, edit
 from tests.snapshots import skipped, training, without_modes
 
 RUN = tuple(training(12, 3))
-KERNEL = {"trace of K", "spectrum", "effective rank", "condition number", "alignment", "kernel drift", "top eigenspace"}
+KERNEL = {
+    "trace of K",
+    "spectrum",
+    "effective rank",
+    "condition number",
+    "alignment",
+    "kernel drift",
+    "centred drift",
+    "top eigenspace",
+}
 
 
 @pytest.fixture(autouse=True)

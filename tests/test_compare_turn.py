@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 
-from ntk_monitor.compare import spectrum_distance, turn
+from ntk_monitor.compare import centred, spectrum_distance, turn
 from ntk_monitor.errors import InputError
 
 
@@ -63,10 +63,25 @@ def test_turning_inside_the_space_and_growth_are_no_rotation() -> None:
     assert found.drift == pytest.approx(0.0, abs=1e-12)
 
 
-def test_the_cut_lies_behind_a_gap_of_both() -> None:
-    # Nine tenths are reached after 3 modes, in the middle of four equal ones.
-    a = np.diag([60.0, 10.0, 10.0, 10.0, 10.0, 0.1, 0.1, 0.1])
-    assert turn(a, a).dimension == 5
+def test_the_cut_lies_behind_the_widest_gap_of_both() -> None:
+    a = np.diag([60.0, 50.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    assert turn(a, a).dimension == 2
+    # Eight times and six times: wide in one of them is not enough.
+    b = np.diag([64.0, 8.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert turn(b, b).dimension in (1, 3)
+    assert turn(a, b).dimension == 1
+    assert turn(np.diag([9.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0]), b).dimension == 3
+
+
+def test_centring_takes_out_what_all_samples_share() -> None:
+    a, b = kernel(np.array([4.0, 2.0, 1.0, 0.1]), 0), kernel(np.array([3.0, 2.0, 1.0, 0.2]), 1)
+    middle = np.eye(4) - np.full((4, 4), 0.25)
+    np.testing.assert_allclose(centred(a), middle @ a @ middle, atol=1e-12)
+    shared, alone = turn(centred(a + 1000), centred(b + 2000)), turn(centred(a), centred(b))
+    assert shared.drift == pytest.approx(alone.drift, abs=1e-9)
+    assert shared.overlap == pytest.approx(alone.overlap, abs=1e-9)
+    # Not centred, the constant vector is all there is to see.
+    assert turn(a + 1000, b + 2000).drift < 1e-4
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)])

@@ -12,6 +12,7 @@ from ntk_monitor.compare.kernels import spectrum_distance as spectrum_distance
 from ntk_monitor.compare.sides import probes as probes
 from ntk_monitor.compare.sides import runs as runs
 from ntk_monitor.compare.turn import Turn as Turn
+from ntk_monitor.compare.turn import centred as centred
 from ntk_monitor.compare.turn import turn as turn
 
-__all__ = ["Comparison", "Difference", "Turn", "mismatch", "probes", "runs", "spectrum_distance", "turn"]
+__all__ = ["Comparison", "Difference", "Turn", "centred", "mismatch", "probes", "runs", "spectrum_distance", "turn"]

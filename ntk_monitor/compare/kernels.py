@@ -112,16 +112,23 @@ def _alignment(left: Snapshot, right: Snapshot) -> Iterator[Difference]:
     yield difference("alignment", (f"{value:.2f}" for value in values), meaning + few, matters)
 
 
-def turn_rows(found: Turn, steps: tuple[int, int]) -> Iterator[Difference]:
-    """Yield drift and rotation between two stored Gram matrices, taken at these steps."""
-    where = f"0 (step {steps[0]})", f"{number(found.drift)} (step {steps[1]})"
-    word = "hardly turned" if found.drift < 0.01 else "turned a little" if found.drift < 0.2 else "turned far"
+def drift_row(drift: float, steps: tuple[int, int]) -> Difference:
+    """Return 1 - cosine of the Gram matrices stored at two steps."""
+    where = f"0 (step {steps[0]})", f"{number(drift)} (step {steps[1]})"
+    word = "hardly turned" if drift < 0.01 else "turned a little" if drift < 0.2 else "turned far"
     meaning = f"1 - cosine of the two stored Gram matrices: the kernel {word}. Growth does not count."
-    yield difference("kernel drift", where, meaning, found.drift >= 0.01)
+    return difference("kernel drift", where, meaning, drift >= 0.01)
+
+
+def turn_rows(found: Turn, steps: tuple[int, int]) -> Iterator[Difference]:
+    """Yield drift and rotation of the centred Gram matrices."""
+    where = f"0 (step {steps[0]})", f"{number(found.drift)} (step {steps[1]})"
+    meaning = "The same without what all samples share: how far the ties between samples changed."
+    yield difference("centred drift", where, meaning, found.drift >= 0.01)
     space = "the top eigenvector" if found.dimension == 1 else f"the space of the {found.dimension} top eigenvectors"
     meaning = (
-        f"{found.overlap:.0%} of {space} of the mean Gram is shared ({found.chance:.0%} by chance), the largest angle "
-        f"is {found.angle:.0f} degrees; {found.found} of {found.looked} leading modes are found again."
+        f"{found.overlap:.0%} of {space} of the centred mean Gram is shared ({found.chance:.0%} by chance), the "
+        f"largest angle is {found.angle:.0f} degrees; {found.found} of {found.looked} leading modes are found again."
     )
     modes = f"{found.dimension} {'mode' if found.dimension == 1 else 'modes'}"
     held = [f"{modes}, {share:.0%} of the trace" for share in found.held]

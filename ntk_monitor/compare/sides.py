@@ -6,7 +6,7 @@ import numpy as np
 
 from ntk_monitor import figures
 from ntk_monitor.compare.difference import Comparison, Difference
-from ntk_monitor.compare.kernels import kernel_rows, mismatch, turn_rows
+from ntk_monitor.compare.kernels import drift_row, kernel_rows, mismatch, turn_rows
 from ntk_monitor.compare.training import (
     accuracy_row,
     cost_row,
@@ -17,10 +17,11 @@ from ntk_monitor.compare.training import (
     speed_row,
     time_row,
 )
-from ntk_monitor.compare.turn import turn
+from ntk_monitor.compare.turn import centred, turn
 from ntk_monitor.errors import InputError
 from ntk_monitor.figures import Figure
 from ntk_monitor.history import History
+from ntk_monitor.similarity import kernel_change
 from ntk_monitor.snapshot import Snapshot
 
 Pair = tuple[Snapshot, Snapshot]
@@ -84,17 +85,22 @@ def _kernels(
     pair: Pair, names: tuple[str, str], grams: Pair | None
 ) -> tuple[list[Difference], list[str], dict[str, Figure]]:
     """Return rows, notes and figures about the kernels; only notes where they are not comparable."""
-    drawn = {"layers-compared": figures.layers_compared(dict(zip(names, pair, strict=True)))}
+    layers = figures.layers_compared(dict(zip(names, pair, strict=True)))
+    drawn = {"layers-compared": layers} if layers["data"] else {}
     if reason := mismatch(*pair):
         return [], [f"The kernels are not comparable, and are not compared: {reason}."], drawn
     rows = list(kernel_rows(*pair))
     drawn = {"spectra-compared": figures.spectra_compared(dict(zip(names, pair, strict=True)))} | drawn
     notes: list[str] = []
     if grams is not None and not mismatch(*grams):
+        left, right = (np.asarray(one.gram, np.float64) for one in grams)
+        drift = kernel_change(left, right)
+        if np.isfinite(drift):
+            rows.append(drift_row(drift, (grams[0].step, grams[1].step)))
         try:
-            found = turn(np.asarray(grams[0].gram, np.float64), np.asarray(grams[1].gram, np.float64))
+            found = turn(centred(left), centred(right))
         except InputError as error:
-            notes.append(f"Drift and eigenspaces: {error}.")
+            notes.append(f"Eigenspaces: {error}.")
         else:
             rows += turn_rows(found, (grams[0].step, grams[1].step))
             drawn["eigenspaces-compared"] = figures.overlaps(found.cosines, names, found.dimension)

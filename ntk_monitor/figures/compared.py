@@ -132,8 +132,8 @@ def overlaps(cosines: Floats, names: tuple[str, str], dimension: int) -> Figure:
     axis: Figure = {"constrain": "domain", "showgrid": False, "nticks": 12}
     layout = layout_of(
         "Eigenvectors compared",
-        "Squared cosines between the leading eigenvectors of both mean Gram matrices. A bright diagonal: the modes "
-        "kept their identity. A bright block: they turned within one space. Framed: the top eigenspace of the table.",
+        "Squared cosines between the leading eigenvectors of both centred mean Gram matrices. A bright diagonal: the "
+        "modes kept their identity. A bright block: they turned within one space. Framed: the top eigenspace.",
         xaxis=axis | {"title": {"text": f"mode, {names[1]}"}, "range": [0.5, count + 0.5]},
         yaxis=axis | {"title": {"text": f"mode, {names[0]}"}, "range": [count + 0.5, 0.5], "scaleanchor": "x"},
         shapes=[frame],
