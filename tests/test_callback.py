@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import ntk_monitor as ntk
 from ntk_monitor.callbacks import NTKMonitor
@@ -23,7 +23,7 @@ from ntk_monitor.metrics import NAMES
 from ntk_monitor.outlook import Watch
 from ntk_monitor.say import NTKWarning
 from tests.fitting import fit, history, tensorboard
-from tests.modules import Classifier, cnn, digits, loader, mlp
+from tests.modules import Classifier, digits, loader, mlp
 from tests.training import seeded, trainer
 
 
@@ -50,12 +50,6 @@ def test_cadence_counts_optimizer_steps_not_batches(tmp_path: Path) -> None:
         data=loader(digits(), batch=16),
     )
     assert list(history(tmp_path).steps) == [0, 5, 10, 12]
-
-
-def test_loss_is_matched_under_accumulation_dropout_and_batchnorm(tmp_path: Path) -> None:
-    callback = NTKMonitor(probe=8, every_n_steps=50)
-    fit(tmp_path, callback, Classifier(cnn()), logger=tensorboard(tmp_path), accumulate_grad_batches=2)
-    assert {s.loss_status for s in history(tmp_path)} == {"matched"}
 
 
 def test_scalars_reach_every_logger(tmp_path: Path) -> None:
@@ -190,48 +184,6 @@ def test_dict_batches_and_a_module_without_forward(tmp_path: Path) -> None:
     assert history(tmp_path)[-1].loss_status == "matched"
 
 
-def test_regression_matches_mse_and_counts_are_no_classes(tmp_path: Path) -> None:
-    class Regressor(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return F.mse_loss(self(batch[0]).squeeze(1), batch[1])
-
-    data = TensorDataset(torch.randn(96, 5), torch.arange(96).float())
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
-    fit(tmp_path, NTKMonitor(every_n_steps=4), Regressor(net), data=loader(data), logger=tensorboard(tmp_path))
-    last = history(tmp_path)[-1]
-    assert (last.loss, last.loss_status, last.labels.size) == ("mse(mean)", "matched", 0)
-    assert last.samples == 96  # the default of 512 takes the whole set
-
-
-def test_unknown_loss_is_labelled_and_only_modes_stay_off(tmp_path: Path) -> None:
-    class Odd(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(batch, batch_idx) ** 1.5 + 0.3
-
-    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4), Odd(mlp()), logger=tensorboard(tmp_path))
-    for snapshot in history(tmp_path):
-        assert snapshot.loss_status.startswith("not verified")
-        assert "pass loss=" in snapshot.modes_reason
-        assert snapshot.rates.size == 0
-        assert snapshot.rank > 0
-
-
-def test_a_given_loss_is_used_as_given(tmp_path: Path) -> None:
-    fit(tmp_path, NTKMonitor(probe=8, loss=nn.CrossEntropyLoss(label_smoothing=0.1)), logger=tensorboard(tmp_path))
-    last = history(tmp_path)[-1]
-    assert (last.loss, last.loss_status) == ("cross_entropy(mean, label_smoothing=0.1)", "given")
-    assert last.rates.size == 80
-
-
-def test_many_outputs_use_the_kernel_of_the_losses(tmp_path: Path) -> None:
-    callback = NTKMonitor(probe=256, every_n_steps=6, loss="cross_entropy")
-    fit(tmp_path, callback, logger=tensorboard(tmp_path))
-    last = history(tmp_path)[-1]
-    assert last.kernel == "loss"
-    assert last.eigenvalues.size == 256
-    assert "full kernel" in last.modes_reason
-
-
 def test_carried_modes_use_the_basis_of_the_previous_probe(tmp_path: Path) -> None:
     fit(tmp_path, NTKMonitor(probe=8, every_n_steps=4), logger=tensorboard(tmp_path))
     found = history(tmp_path)
@@ -325,44 +277,6 @@ print(monitor.last.status, monitor.last.step, monitor.last.loss_status)
     assert done.stdout.split() == ["measured", "4", "matched"], done.stderr[-2000:]
 
 
-def test_lightning_cli_reads_every_option_from_yaml(tmp_path: Path) -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(NTKMonitor, "monitor", fail_untyped=True)
-    config = tmp_path / "config.yaml"
-    config.write_text("every_n_steps: 7\noutputs: trace\nforward: torch.nn.functional.relu\nparams: [a, b]\n")
-    parsed = parser.instantiate(parser.parse_args([f"--monitor={config}"]))
-    assert parsed.monitor.recipe.every_n_steps == 7
-    assert parsed.monitor.recipe.outputs == "trace"
-    assert parsed.monitor.recipe.forward is F.relu
-    assert list(parsed.monitor.recipe.params) == ["a", "b"]
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"every_n_steps": 0}, "every_n_steps"),
-        ({"max_overhead": 0}, "max_overhead"),
-        ({"outputs": "diagonal"}, "outputs"),
-        ({"engine": "magic"}, "engine"),
-        ({"gram_every": -1}, "gram_every"),
-        ({"memory_limit": 0}, "memory_limit"),
-        ({"forward": 3}, "forward"),
-        ({"log_prefix": ""}, "log_prefix"),
-        ({"probe": 0}, "probe"),
-        ({"probe": "digits"}, "probe"),
-        ({"probe": (torch.empty(0, 3), torch.empty(0))}, "at least one sample"),
-        ({"probe": (torch.ones(4, 3), torch.ones(3))}, "same samples"),
-        ({"loss": "focal"}, "unknown loss"),
-    ],
-)
-def test_bad_options_are_refused_at_the_door(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        NTKMonitor(**options)
-
-
 def test_a_hook_that_changes_batches_is_part_of_the_data(tmp_path: Path) -> None:
     class Scaled(Classifier):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -413,52 +327,6 @@ def test_an_unwritable_directory_costs_only_the_record(tmp_path: Path) -> None:
     assert "ntk/trace" in (Path(csv.log_dir) / "metrics.csv").read_text()
 
 
-def test_many_classes_are_still_classes_for_cross_entropy() -> None:
-    x, y = torch.randn(24, 5), torch.arange(24) % 16
-    snapshot = ntk.Monitor(nn.Linear(5, 40), None, (x, y), "cross_entropy", outputs="full").snapshot(0)
-    assert snapshot.labels.size == 24
-    assert "alignment" in snapshot.metrics
-    counts = ntk.Monitor(nn.Linear(5, 40), None, (x, y)).snapshot(0)
-    assert counts.labels.size == 0
-    assert "alignment" not in counts.metrics
-
-
-def test_the_kernel_of_weighted_losses_carries_the_weights() -> None:
-    model, x, y = nn.Linear(5, 3).double(), torch.randn(6, 5).double(), torch.arange(6) % 3
-    weight = torch.tensor([1.0, 10.0, 0.1]).double()
-    plain = ntk.empirical_ntk(model, x, outputs="loss", targets=y, loss=nn.CrossEntropyLoss())
-    weighted = ntk.empirical_ntk(model, x, outputs="loss", targets=y, loss=nn.CrossEntropyLoss(weight))
-    assert torch.allclose(weighted, plain * weight[y] * weight[y][:, None])
-
-
-def test_the_same_loss_attached_twice_is_one_candidate(tmp_path: Path) -> None:
-    module = Classifier(mlp())
-    module.train_loss, module.valid_loss = nn.CrossEntropyLoss(), nn.CrossEntropyLoss()
-    callback = NTKMonitor(probe=8, every_n_steps=4)
-    fit(tmp_path, callback, module)
-    assert callback.last is not None
-    assert callback.last.loss_status == "matched"
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"every_n_steps": "10"}, "every_n_steps must be int or None"),
-        ({"memory_limit": "1GB"}, "memory_limit must be int or None"),
-        ({"seed": "a"}, "seed must be int"),
-        ({"log_prefix": 3}, "log_prefix must be str"),
-        ({"params": "("}, "valid regular expression"),
-        ({"params": 3}, "params must be"),
-        ({"device": "gpu"}, "device must be a torch device"),
-        ({"loss": nn.CrossEntropyLoss}, r"pass CrossEntropyLoss\(\)"),
-    ],
-)
-def test_options_of_the_wrong_type_are_refused_at_the_door(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        NTKMonitor(**options)
-
-
 def test_a_rest_at_the_start_leaves_its_reason_in_the_history(tmp_path: Path) -> None:
     with pytest.warns(NTKWarning, match="rests for the remainder"):
         fit(tmp_path, NTKMonitor(forward=lambda module, x: [x, x]), logger=tensorboard(tmp_path))
@@ -481,22 +349,6 @@ def test_a_large_network_gets_the_small_kernel_and_a_word_of_warning() -> None:
         monitor._weigh("full", 100, 2_001_000)
     with pytest.warns(NTKWarning, match="minutes on a CPU"):
         rows._weigh("loss", 10, 11_000_000)  # a ResNet-18: 64 gradients of 42 MiB are more than two limits
-
-
-def test_probes_that_wait_for_the_loss_have_no_look_at_weights_of_later_steps(tmp_path: Path) -> None:
-    fit(tmp_path, NTKMonitor(probe=8, every_n_steps=1), logger=tensorboard(tmp_path), max_steps=6)
-    found = history(tmp_path)
-    assert list(found.steps) == [0, 1, 2, 3, 4, 5, 6]
-    waited = [bool(s.rates.size) and not s.layer_trace.size for s in found]
-    assert waited == sorted(waited, reverse=True)
-    assert waited[0]
-    assert not waited[-1]
-    for snapshot, late in zip(found, waited, strict=True):
-        assert ("not known yet" in snapshot.texts["stability"]) == late
-        assert ("train_loss" in snapshot.facts) == (not late)
-    given = NTKMonitor(probe=8, every_n_steps=1, loss="cross_entropy")
-    fit(tmp_path, given, logger=tensorboard(tmp_path), max_steps=2)
-    assert ntk.load_history(tmp_path / "lightning_logs" / "version_1")[0].layer_trace.size
 
 
 def test_a_look_that_changes_the_run_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
