@@ -81,7 +81,8 @@ class NTKMonitor(Base):
             step of each counted. With `params` this watches one player of a game (a generator, say).
         directions: mapping name → (N, C) array of directions of the residual to follow; None: classes or outputs.
         gram_every: store and draw the Gram matrix at every this many probes; 0: never.
-        verify: check at the first probe that nothing of the run changed, and rest with a warning if something did.
+        verify: check that no probe changes the run, and rest with a warning if one does. The first two read values, at
+            most 2 GiB at a time (2 s on one core for the largest models), all read what torch counts of writes.
         log_prefix: prefix of every tag; two monitors in one Trainer need different ones.
         log_dir: where to write the record when there is no TensorBoard logger.
         engine: "auto", "structured", "reference" or "rows".
@@ -284,6 +285,7 @@ class NTKMonitor(Base):
         chosen = picked(trainer.optimizers, self.recipe.optimizer)
         self._chosen = [] if len(chosen) == len(trainer.optimizers) else chosen
         self._taken = int(self._restored.get("taken", 0))
+        self._silent = 0
         self._trained = self._steps(trainer)
         self._session.sink = sink = Sink(trainer, self.recipe)
         waiting = placeholders(trainer, self.recipe.log_prefix)
@@ -374,4 +376,7 @@ class NTKMonitor(Base):
             monitor.batch_size = effective_batch(trainer, batch)
         value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(value, Tensor) and value.numel() == 1:
-            monitor.losses.add(value.detach() * trainer.accumulate_grad_batches)
+            value, scale = value.detach(), trainer.accumulate_grad_batches
+            # By automatic optimization this is the Trainer's own copy; what else it may be could change until it is read.
+            theirs = trainer.lightning_module.automatic_optimization
+            monitor.losses.add(value if scale == 1 and theirs else value * scale)
