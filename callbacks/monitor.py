@@ -377,6 +377,6 @@ class NTKMonitor(Base):
         value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(value, Tensor) and value.numel() == 1:
             value, scale = value.detach(), trainer.accumulate_grad_batches
-            # By automatic optimization this is the Trainer's own copy; what else it may be could change until it is read.
+            # By automatic optimization this is the Trainer's own copy; anything else could change until it is read.
             theirs = trainer.lightning_module.automatic_optimization
             monitor.losses.add(value if scale == 1 and theirs else value * scale)
