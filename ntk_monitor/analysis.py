@@ -28,7 +28,7 @@ from ntk_monitor.reading import read
 from ntk_monitor.rebuild import Wish
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.restored import optimizers
-from ntk_monitor.schedule import LearningRates
+from ntk_monitor.running import LearningRates
 from ntk_monitor.series import Entry, Ledger, Survey, names
 from ntk_monitor.snapshot import Snapshot
 

@@ -32,8 +32,9 @@ from ntk_monitor.modes import Modes
 from ntk_monitor.outlook import Watch
 from ntk_monitor.probe import Probe, population_of
 from ntk_monitor.recipe import Recipe
+from ntk_monitor.running import LearningRates, Mean
 from ntk_monitor.say import say
-from ntk_monitor.schedule import SECOND, LearningRates, Mean, Schedule, Tier
+from ntk_monitor.schedule import SECOND, Schedule, Tier
 from ntk_monitor.snapshot import Snapshot, shown_order
 from ntk_monitor.spectrum import Spectrum
 from ntk_monitor.targets import classes, features, loss_value, terms_of
@@ -126,8 +127,7 @@ class Monitor:
     def tier(self, step: int | None = None) -> Tier | None:
         """Return which probe the cadence asks for, a "full" or a "light" one; None: none.
 
-        Says once, some steps after the first probe, when the budget leaves room for few full ones in a run of known
-        length.
+        Says once, some steps after the first probe, when few full ones fit into a run of known length.
         """
         step = self.steps if step is None else step
         self.schedule.total = self.total_steps

@@ -5,12 +5,11 @@ two of them. Start-up lasts until the first full probe is complete (its loss kno
 on the budget counts: the share of wall time after start-up that the monitor takes, everything in its hooks included.
 """
 
-import bisect
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 Tier: TypeAlias = Literal["full", "light"]
 
@@ -22,6 +21,9 @@ PLANNED = 20
 
 # Light probes between two full ones: at most so many, and for at most half of what a full one costs.
 _LIGHTS = 8
+
+# Credit beyond the price of a probe before it is made, as a share of the price.
+_RESERVE = 0.25
 
 # Share of what is earned that is saved for a forecast.
 _SAVED = 1 / 3
@@ -57,6 +59,7 @@ class Schedule:
         last_full: of the newest full one.
         spent: seconds that the monitor took, start-up included.
         excused: seconds in the monitor's hooks that were not its own: waiting for what training had queued on a device.
+        asleep: steps before this one need not ask: by the speed of training nothing can be due earlier.
         hold: True while nothing but the very first probe may be made, since the loss is still being found.
         total: planned length of the run in optimizer steps, where it is known.
         saving: seconds that a forecast is expected to take; 0: nothing is saved for one.
@@ -71,6 +74,7 @@ class Schedule:
     last_full: int | None = None
     spent: float = 0.0
     excused: float = 0.0
+    asleep: int = 0
     hold: bool = False
     total: int | None = None
     saving: float = 0.0
@@ -105,6 +109,8 @@ class Schedule:
             return "full"
         if step <= self.last_step:
             return None
+        if step < self.asleep:
+            return None
         if self.every is not None:
             # A step counter may jump (two optimizers per batch): ask whether a multiple of `every` was passed.
             return "full" if step // self.every > self.last_step // self.every else None
@@ -121,6 +127,7 @@ class Schedule:
         if tier == "full":
             self.last_full, self._early = self.last_step, False
             self._reconsider(step)
+        self.asleep = 0
         self._lights = 0 if tier == "full" else self._lights + 1
         self._open = (tier, 0.0)
         self.pay(seconds)
@@ -186,19 +193,20 @@ class Schedule:
         if self.every is not None or self._opened is None or not pace:
             return None
         self._earn()
-        full, light = self.prices.get("full", 0.0), self._slot()
+        full, light = self._reserved(self.prices.get("full", 0.0)), self._slot()
         tier: Tier = "full" if light is None or light >= full else "light"
         wanted = full if light is None else min(full, light)
-        rate = self.max_overhead * (1 - _SAVED if self._saved < self.saving else 1)
-        return step + max(1, math.ceil((wanted - self._credit) / rate / pace)), tier
+        return step + max(1, math.ceil((wanted - self._credit) / self._rate / pace)), tier
 
     def sparse(self, step: int) -> str | None:
         """Return one sentence when few full probes fit into the run, "" when enough do; None: not known yet.
 
         Known some 20 steps after start-up, and only by budget in a run of planned length.
         """
+        if self.every is not None or self.total is None:
+            return None
         pace = self._pace(step)
-        if self.every is not None or self.total is None or pace is None:
+        if pace is None:
             return None
         self._reconsider(step)
         total, full = self.total, self.prices.get("full", 0.0)
@@ -253,24 +261,32 @@ class Schedule:
 
     def _affordable(self, step: int, last: int) -> Tier | None:
         self._earn()
-        if self._credit >= self.prices.get("full", 0.0):
+        full, light = self._reserved(self.prices.get("full", 0.0)), self._slot()
+        if self._credit >= full:
             return "full"
-        if not self._between():
-            return None
+        if light is not None and self._credit >= light:
+            return "light"
+        price = self._light() if self._between() else math.inf
+        early = self._advance >= price
         # Powers of two early on: the time scale of what is to be seen grows with the steps taken.
-        price, slot = self._light(), self._slot()
-        if step.bit_length() > last.bit_length() and min(self._credit + self._debt, self._advance) >= price:
+        if early and step.bit_length() > last.bit_length() and self._credit + self._debt >= price:
             self._early = True
-        elif slot is None or self._credit < slot:
-            return None
-        return "light"
+            return "light"
+        # Half of the way there, since training may slow down or speed up.
+        pace = self._pace(step)
+        missing = min(full, math.inf if light is None else light) - self._credit
+        self.asleep = step + int(missing / self._rate / 2 / pace) if pace else step
+        if early:
+            self.asleep = min(self.asleep, 1 << step.bit_length())
+        return None
 
     def _earn(self) -> None:
         now = self.clock()
         earned, self._seen = self.max_overhead * max(0.0, now - self._seen), now
         saved = min(_SAVED * earned, max(0.0, self.saving - self._saved))
         self._saved += saved
-        self._credit = min(self._credit + earned - saved, max(self._credit, self.prices.get("full", 0.0)))
+        most = max(self._credit, self._reserved(self.prices.get("full", 0.0)))
+        self._credit = min(self._credit + earned - saved, most)
 
     def _reconsider(self, step: int) -> None:
         """Save nothing for a forecast that the rest of the run could not pay for."""
@@ -279,6 +295,15 @@ class Schedule:
             coming = _SAVED * self.max_overhead * pace * max(0, self.total - step)
             if self._saved + coming < self.saving:
                 self._credit, self._saved, self.saving = self._credit + self._saved, 0.0, 0.0
+
+    @property
+    def _rate(self) -> float:
+        """Seconds of credit that a second of time earns."""
+        return self.max_overhead * (1 - _SAVED if self._saved < self.saving else 1)
+
+    def _reserved(self, price: float) -> float:
+        """Return the credit that must be there for a probe of this price: some take longer than the last ones did."""
+        return price * (1 + _RESERVE)
 
     def _light(self) -> float:
         return self.prices.get("light", _GUESS * self.prices.get("full", 0.0))
@@ -296,7 +321,7 @@ class Schedule:
         if place > count:
             return None
         share = place / (count + 1)
-        return share * self.prices["full"] + (1 - share) * self._light()
+        return self._reserved(self.prices["full"]) - (1 - share) * (self.prices["full"] - self._light())
 
     def _pace(self, step: int) -> float | None:
         """Return seconds of training per step since start-up; None while too few steps were timed."""
@@ -318,53 +343,3 @@ def _rounded_up(share: float) -> float:
     """Return a share of time with two digits, not below it."""
     scale = 10.0 ** (1 - math.floor(math.log10(share)))
     return min(1.0, math.ceil(share * scale) / scale)
-
-
-@dataclass(slots=True)
-class LearningRates:
-    """Learning rates of every parameter group, recorded at each step, kept where they change."""
-
-    steps: list[int] = field(default_factory=list)
-    values: list[tuple[float, ...]] = field(default_factory=list)
-    latest: int = -1
-
-    def record(self, step: int, rates: tuple[float, ...]) -> None:
-        """Note the rates that optimizer step number `step` (from 0) uses."""
-        self.latest = step
-        if not self.values or self.values[-1] != rates:
-            self.steps.append(step)
-            self.values.append(rates)
-
-    def between(self, first: int, last: int) -> list[tuple[float, ...]]:
-        """Return the rates of steps first to last - 1, or nothing when some of them were not observed."""
-        if not self.steps or self.steps[0] > first or last > self.latest + 1:
-            return []
-        # The change in force at a step is the last one recorded up to it.
-        return [self.values[bisect.bisect_right(self.steps, step) - 1] for step in range(first, last)]
-
-    def taken(self) -> tuple[list[int], list[tuple[float, ...]]]:
-        """Return the changes since the last call; the rates now in force open the next stretch."""
-        widest = max((len(rates) for rates in self.values), default=0)
-        # Unfreezing adds parameter groups in the middle of a run.
-        found = (self.steps, [rates + (math.nan,) * (widest - len(rates)) for rates in self.values])
-        self.steps, self.values = self.steps[-1:], self.values[-1:]
-        return found
-
-
-@dataclass(slots=True)
-class Mean:
-    """Running mean of values that may live on a device: nothing is read before it is asked for."""
-
-    total: Any = 0.0
-    count: int = 0
-
-    def add(self, value: Any) -> None:
-        """Take one more value."""
-        self.total = self.total + value
-        self.count += 1
-
-    def taken(self) -> float:
-        """Return the mean of the values since the last call; NaN without any."""
-        mean = float(self.total) / self.count if self.count else math.nan
-        self.total, self.count = 0.0, 0
-        return mean

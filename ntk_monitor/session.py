@@ -101,10 +101,13 @@ class Session:
         if self.resting or self.monitor is None:
             return
         start, schedule = time.perf_counter(), self.monitor.schedule
-        with self._contained():
+        try:
             step(*arguments)
-        with self._contained():
             schedule.pay(time.perf_counter() - start)
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            self.rest(said(error, kind=True))
 
     def rest(self, reason: str) -> None:
         """Measure nothing more in this run, and say why. Raises nothing, and frees what the monitor holds."""
@@ -137,12 +140,13 @@ class Session:
         """True when a probe should be made after `step` optimizer steps."""
         if self.monitor is None or self.resting:
             return False
-        start, schedule = time.perf_counter(), self.monitor.schedule
+        schedule = self.monitor.schedule
+        if step < schedule.asleep:  # as at nearly all steps
+            return False
         with self._contained():
             # By budget the monitor waits for the loss: a probe without it would be half a probe.
             schedule.hold = self.matching
             self._tier = self.monitor.tier(step)
-            schedule.pay(time.perf_counter() - start)
             return self._tier is not None
         return False
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntk_monitor.schedule import LearningRates, Mean, Schedule
+from ntk_monitor.running import LearningRates, Mean
+from ntk_monitor.schedule import Schedule
 
 
 @dataclass
@@ -151,10 +152,22 @@ def test_a_mean_reads_no_value_before_it_is_asked_for() -> None:
         def __radd__(self, other: float) -> "OnDevice":
             return self
 
+        def __add__(self, other: "OnDevice") -> "OnDevice":
+            return self
+
         def __float__(self) -> float:
             raise RuntimeError("read")
 
     mean = Mean()
-    mean.add(OnDevice())
+    for _ in range(250):
+        mean.add(OnDevice())
     with pytest.raises(RuntimeError, match="read"):
         mean.taken()
+
+
+def test_a_mean_keeps_few_values_and_no_other_mean() -> None:
+    mean, values = Mean(), [0.5 * n for n in range(1234)]
+    for value in values:
+        mean.add(value)
+        assert len(mean._waiting) < 100
+    assert mean.taken() == pytest.approx(sum(values) / len(values))
