@@ -15,6 +15,7 @@ from ntk_monitor.guard import random_state, undisturbed
 from ntk_monitor.network import Network
 from ntk_monitor.probe import Probe, beside, dataset_of, default_samples, indexable, split
 from ntk_monitor.recipe import Recipe
+from ntk_monitor.settings import kept, uncompiled
 from ntk_monitor.silence import Silence
 
 
@@ -108,7 +109,7 @@ def training_outputs(trainer: Trainer, module: nn.Module, batch: Any, recipe: Re
     if not isinstance(targets, Tensor):
         return None
     # With gradients enabled: a forward may take some itself (physics-informed residuals).
-    with random_state(), torch.enable_grad(), trainer.precision_plugin.forward_context():
+    with random_state(), kept(), uncompiled(), torch.enable_grad(), trainer.precision_plugin.forward_context():
         # A copy of the parameters: the coming step must be the one that rewrites them, should forward do such a thing.
         network = Network(module, params=recipe.params, forward=recipe.forward, mode="live", detached=True)
         return network.raw(moved(inputs, network.device)).detach().float(), targets.detach().clone()

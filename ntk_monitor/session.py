@@ -5,6 +5,7 @@ fails becomes one warning and a recorded skip; what keeps failing puts the monit
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ntk_monitor.errors import LossUnknownError, said
 from ntk_monitor.guard import random_state
-from ntk_monitor.harmless import Fingerprint
+from ntk_monitor.harmless import READ, Fingerprint
 from ntk_monitor.look import Measurement
 from ntk_monitor.manifest import manifest
 from ntk_monitor.matching import Matching
@@ -23,6 +24,7 @@ from ntk_monitor.probe_files import Manifest
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.say import say
 from ntk_monitor.schedule import Tier
+from ntk_monitor.settings import kept
 from ntk_monitor.snapshot import Snapshot
 
 # After this many failed probes in a row the cause is not going away.
@@ -75,7 +77,7 @@ class Session:
         self._pending: list[Measurement | Snapshot] = []
         self._failures: list[str] = []
         self._kept = False
-        self._looked = self._glanced = False
+        self._verified: Counter[str] = Counter()
         self._tier: Tier | None = "full"
 
     def guarded(self, step: Callable[..., None], *arguments: Any) -> None:
@@ -87,7 +89,7 @@ class Session:
             return
         start, paid = time.perf_counter(), self._paid()
         # Our own code draws nothing, but loggers and data sets may.
-        with self._contained(), random_state():
+        with self._contained(), random_state(), kept():
             step(*arguments)
         with self._contained():
             # Writing, drawing and matching cost time too, and belong to the budget.
@@ -224,8 +226,7 @@ class Session:
         if self._tier == "light" and not self._pending:
             self._glance(monitor, step, epoch)
             return
-        check = self.recipe.verify and monitor.probes == 0 and not self._pending
-        before = self._fingerprint() if check else None
+        before = self._fingerprint("measure")
         try:
             self._pending.append(monitor.measure(step, epoch))
         except LossUnknownError:
@@ -290,9 +291,14 @@ class Session:
     def _paid(self) -> float:
         return 0.0 if self.monitor is None else self.monitor.schedule.accounted
 
-    def _fingerprint(self) -> Fingerprint | None:
+    def _fingerprint(self, stage: str) -> Fingerprint | None:
+        """Read the state of the run: values the first two times, as the second probe compares with the first."""
+        self._verified[stage] += 1
+        return self._read(READ if self._verified[stage] <= 2 else 0) if self.recipe.verify else None
+
+    def _read(self, amount: int) -> Fingerprint | None:
         optimizers = () if self.monitor is None else self.monitor.optimizers
-        return None if self._root is None else Fingerprint.of(self._root, optimizers)
+        return None if self._root is None else Fingerprint.of(self._root, optimizers, read=amount)
 
     def _unmatched(self, reason: str) -> None:
         if self.monitor is not None:
@@ -324,20 +330,18 @@ class Session:
         return self.monitor.skipped(step, error, epoch)
 
     def _look(self) -> None:
-        """Finish a probe at the weights of now, and the first time check that this changes nothing either."""
+        """Finish a probe at the weights of now, and check that this changes nothing either."""
         for raw in self._pending[:1]:
             if isinstance(raw, Measurement):
-                before = self._fingerprint() if self.recipe.verify and not self._looked else None
+                before = self._fingerprint("look")
                 self._pending[0] = self._finished(raw, fresh=True)
-                self._looked = True
                 if changed := self._changed(before):
                     self.rest(changed)
         self._release()
 
     def _glance(self, monitor: Monitor, step: int, epoch: int | None) -> None:
-        """Make a light probe, and the first time check that this changes nothing either."""
-        before = self._fingerprint() if self.recipe.verify and not self._glanced else None
-        self._glanced = True
+        """Make a light probe, and check that this changes nothing either."""
+        before = self._fingerprint("glance")
         try:
             self._pending.append(monitor.light(step, epoch))
         except Exception as error:
@@ -357,7 +361,7 @@ class Session:
 
     def _changed(self, before: Fingerprint | None) -> str:
         """Return what the probe since `before` did to this run, or ""."""
-        after = None if before is None else self._fingerprint()
+        after = None if before is None else self._read(before.read)
         changed = before.changes(after) if before is not None and after is not None else []
         return f"a probe would change this run ({', '.join(changed[:3])})" if changed else ""
 

@@ -82,12 +82,16 @@ def settings() -> dict[str, Hashable]:
 def kept() -> Iterator[None]:
     """Give back, on exit, every switch that differs by then, whoever flipped it."""
     before = {name: read() for name, (read, _) in _SWITCHES.items()}
+    precisions = [read() for read, _ in _PRECISIONS]
     try:
         yield
     finally:
         for name, (read, write) in _SWITCHES.items():
             if read() != before[name]:
                 write(before[name])
+        for (read, write), value in zip(_PRECISIONS, precisions, strict=True):
+            if read() != value:
+                write(value)
 
 
 @contextlib.contextmanager

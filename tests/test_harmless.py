@@ -138,6 +138,15 @@ def test_a_large_model_is_sampled_and_its_versions_still_tell() -> None:
     assert before.changes(Fingerprint.of(net, read=4000)) == ["parameter weight"]
 
 
+def test_versions_are_compared_where_no_values_are_read() -> None:
+    job = Job()
+    before = Fingerprint.of(job, job.optimizer, read=0)
+    job.body[0].weight.data.mul_(2)  # type: ignore[operator]
+    assert before.changes(Fingerprint.of(job, job.optimizer, read=0)) == []
+    job.body[0].weight.detach().mul_(2)  # type: ignore[operator]
+    assert before.changes(Fingerprint.of(job, job.optimizer, read=0)) == ["parameter body.0.weight"]
+
+
 def test_no_more_is_read_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     real = torch.Tensor.sum

@@ -72,10 +72,13 @@ class Flips(nn.Module):
         y: Tensor = self.body(x)
         for name in ("benchmark", "cudnn deterministic", "threads", "dtype", "cache", "warn only"):
             FLIPS[name][0]()
+        torch.set_float32_matmul_precision("medium")
         return y
 
 
-def test_what_a_forward_pass_flips_is_flipped_back() -> None:
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_what_a_forward_pass_flips_is_flipped_back(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
     before = settings()
     ntk.empirical_ntk(Flips(), torch.randn(4, 3))
     assert settings() == before

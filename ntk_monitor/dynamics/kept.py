@@ -154,7 +154,8 @@ def change(  # noqa: PLR0913 - options of a Network, by keyword
         network = kept.network(module, forward=forward, mode=mode, device=device)
         prepared = network.prepared(batch)
         start = {name: p.detach().clone() for name, p in network.parameters.items()}
-        end = {name: latest[name].to(p) for name, p in start.items()}
+        # Copies: a forward pass may write to what it is given.
+        end = {name: latest[name].to(p, copy=True) for name, p in start.items()}
         delta = {name: end[name] - start[name] for name in start}
         before, after = (_outputs(network, values, prepared, seed) for values in (start, end))
         with torch.no_grad():
