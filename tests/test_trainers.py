@@ -71,6 +71,7 @@ def test_tuners_search_without_the_monitor_and_the_fit_has_it(tmp_path: Path) ->
     assert list(history(tmp_path / "b").steps) == [0, 4, 8, 10]
 
 
+@pytest.mark.slow
 def test_batch_sizes_are_tuned_without_the_monitor(tmp_path: Path) -> None:
     class Data(L.LightningDataModule):
         batch_size = 8

@@ -54,6 +54,7 @@ def test_an_average_put_in_place_before_a_sudden_end_is_not_measured(tmp_path: P
     assert "EMAWeightAveraging has replaced the trained weights" in last.reason
 
 
+@pytest.mark.slow
 def test_a_monitor_listed_first_measures_the_last_weights_of_a_sudden_end(tmp_path: Path) -> None:
     fit(tmp_path / "b", [monitor(), ema(), Stops()], logger=tensorboard(tmp_path / "b"), max_epochs=9)
     fit(tmp_path / "a", [monitor()], logger=tensorboard(tmp_path / "a"), max_epochs=2)
@@ -62,7 +63,7 @@ def test_a_monitor_listed_first_measures_the_last_weights_of_a_sudden_end(tmp_pa
     assert found[-1].metrics["trace"] == history(tmp_path / "a")[-1].metrics["trace"]
 
 
-@pytest.mark.parametrize(("build", "first"), [(mlp, False), (cnn, False), slow(cnn, True)])
+@pytest.mark.parametrize(("build", "first"), [(cnn, False), slow(mlp, False), slow(cnn, True)])
 def test_stochastic_averaging_and_its_last_pass_are_left_alone(build: Any, first: bool, tmp_path: Path) -> None:
     def run(root: Path, watched: list[Any]) -> dict[str, str]:
         swa = StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=1)
