@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ntk_monitor import directions, facts
+from ntk_monitor.batch import take
 from ntk_monitor.dynamics.kept import Kept
 from ntk_monitor.dynamics.layers import layer_traces
 from ntk_monitor.dynamics.linearise import coupled
+from ntk_monitor.dynamics.sharpness import affordable
 from ntk_monitor.dynamics.stability import Stability, stability
 from ntk_monitor.dynamics.updates import blocks, decompose, distance
 from ntk_monitor.dynamics.verdict import SMALL_MOTION
@@ -37,10 +39,16 @@ Array = NDArray[np.float64]
 _POOLED = 10
 
 # Probes at which the leave-one-out error is computed, which costs a solve.
-_EARLY = 3
+EARLY = 3
 
 # Cosine of weights and gradient below which a layer's scale does not matter; rounding in float32 is near 1e-6.
 _SCALE_FREE = 1e-4
+
+# The gauge of fewer samples says too little.
+_FEWEST = 4
+
+# Outputs (N·C) whose change is taken apart by layer: 8 MiB for each of them.
+_TAKEN_APART = 2**20
 
 # Copies of the weights: of the first and of the previous probe.
 _KEPT_BYTES = 2**30
@@ -158,12 +166,16 @@ class Watch:
         if self._probe.targets is None:
             found.texts["stability"] = "not measured: the probe has no targets"
             return
-        recipe = self._recipe
+        recipe, outputs = self._recipe, now.predictions[0].numel()
         self._clip = _clipped(now.clip, found.facts)
+        samples = affordable(self._probe.samples, outputs)
+        if samples < min(self._probe.samples, _FEWEST):
+            found.texts["stability"] = f"not measured: {outputs:,} outputs per sample are too many for Lanczos vectors"
+            return
         judged = stability(
             self._model,
             state,
-            (self._probe.inputs, self._probe.targets),
+            take((self._probe.inputs, self._probe.targets), slice(0, samples)),
             now.loss,
             batch_size=now.batch_size,
             population=now.population,
@@ -264,7 +276,7 @@ class Watch:
         names = [m.name for m in METRICS.values() if m.default and m.name not in mine]
         # The kernel adapts even to random labels of the probe, so that only the first errors say something of the task.
         looks = self._looks if now.place is None else now.place.index
-        names += ["sample_loo"] if looks < _EARLY else []
+        names += ["sample_loo"] if looks < EARLY else []
         self._looks += 1
         known = found.facts
         found.facts = {name: v for name, v in evaluate(measured, names).items() if np.isfinite(v)} | known
@@ -281,7 +293,7 @@ class Watch:
             found.texts["updates"] = f"not measured: a copy of the weights takes {needed / 2**30:.1f} GiB"
             return
         now_kept = Kept.of(self._model, recipe.params)
-        gradient = None if now.terms is None else now.terms.gradient
+        gradient = _gradient(now, self._probe.targets)
         self._kept, self._residual = (now_kept, gradient), 0.0 if gradient is None else _scale(now, gradient)
         self._first = first or now_kept
         group = self._group()
@@ -332,6 +344,22 @@ def _speeds(model: nn.Module, state: OptimizerState) -> dict[str, Tensor] | None
     rates = {name: 1.0 if still else group.lr for group in state.groups for name in group.names}
     one = {name: torch.ones_like(p, dtype=torch.float64, device="cpu") for name, p in trainable.items()}
     return {name: rates.get(name, 0.0) * d for name, d in (scale or one).items()}
+
+
+def _gradient(now: Now, targets: Any) -> Array | None:
+    """Return dL/df (N, C): in closed form, else by autograd; None without a loss, or where C is a whole text's.
+
+    The change of the outputs by each layer is held next to it.
+    """
+    if now.terms is not None:
+        return now.terms.gradient
+    if now.loss is None or not isinstance(targets, Tensor) or now.predictions.numel() > _TAKEN_APART:
+        return None
+    f = now.predictions.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (g,) = torch.autograd.grad(now.loss.function(f, targets.cpu()), f)
+    found: Array = g.reshape(len(g), -1).numpy()
+    return found
 
 
 def _scale(now: Now, gradient: Array) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ntk_monitor.batch import take
 from ntk_monitor.dynamics.kept import change
 from ntk_monitor.dynamics.refreshed import refreshed
 from ntk_monitor.dynamics.stability import Stability
@@ -108,7 +109,7 @@ def _gauge(
     judged = refreshed(
         model,
         state,
-        (probe.inputs, probe.targets),
+        take((probe.inputs, probe.targets), slice(0, since.gauge.samples)),
         now.loss,
         since.gauge,
         rates=since.rates,

@@ -60,7 +60,7 @@ def test_its_loss_is_the_one_the_model_computes_and_its_kernel_that_of_sequences
     assert (last.status, last.step, last.kernel, last.samples) == ("measured", STEPS, "loss", 8)
     assert (last.loss, last.loss_status) == ("token_cross_entropy(mean, shifted)", "matched")
     assert last.probe_source.startswith("8 of 24 training samples")
-    assert {"trace", "effective_rank", "kernel_change"} <= set(last.metrics)
+    assert {"trace", "effective_rank", "kernel_change", "linearisation_error"} <= set(last.metrics)
     assert last.texts["stability"] == "the learning rate is 0 at this step"  # of a cosine, at its end
     assert last.facts["batch_size"] == 8
     assert last.facts["total_steps"] == STEPS

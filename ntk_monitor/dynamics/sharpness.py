@@ -32,8 +32,16 @@ _PROBES = 8
 _LEFT_OUT = 4
 """Random vectors for the jackknife, two passes each."""
 
+_OUTPUTS = 2**22
+"""Outputs N·C of a Lanczos run, whose twenty vectors and the loss's curvature then take 0.8 GiB in float64."""
+
 _DENSE = 1024
 """Rows up to which a loss without a root of its curvature is measured by whole matrices."""
+
+
+def affordable(samples: int, outputs: int) -> int:
+    """Return how many of N samples of C outputs the gauge can be measured on: fewer of them for whole texts."""
+    return min(samples, _OUTPUTS // max(outputs, 1))
 
 
 @dataclass(frozen=True, slots=True)
