@@ -14,7 +14,7 @@ from ntk_monitor.settings import kept
 from tests.modules import Classifier, Validated, cnn, digits, loader, mlp
 from tests.training import outcome, seeded, trainer
 
-STEPS = 12
+STEPS = 8
 
 
 def run(build: Callable[[], nn.Module], root: Path, callbacks: list[Any], **setting: Any) -> dict[str, str]:
@@ -28,7 +28,7 @@ def run(build: Callable[[], nn.Module], root: Path, callbacks: list[Any], **sett
 
 
 def monitor(**options: Any) -> NTKMonitor:
-    return NTKMonitor(**{"probe": 12, "every_n_steps": 4, "strict": True, **options})
+    return NTKMonitor(**{"probe": 8, "every_n_steps": 4, "strict": True, **options})
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
