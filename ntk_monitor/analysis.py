@@ -4,6 +4,7 @@ Every record depends on its checkpoint, the one before and the first, and on not
 which process, before or after an interruption. So finished records are kept, and several processes can share the work.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -11,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from ntk_monitor import rebuild, weights
-from ntk_monitor.errors import CheckpointError, InputError, NTKMonitorError, said
+from ntk_monitor.checkpoints import Checkpoint, digest
+from ntk_monitor.errors import CheckpointError, InputError, NTKMonitorError, NumericsError, said
 from ntk_monitor.given import rates_of
 from ntk_monitor.guard import undisturbed
 from ntk_monitor.handover import load, save
+from ntk_monitor.kernel import MEMORY_LIMIT
 from ntk_monitor.look import Place
 from ntk_monitor.losses import from_name
 from ntk_monitor.monitor import Monitor
 from ntk_monitor.network import Network
+from ntk_monitor.outlook import EARLY
 from ntk_monitor.planner import Plan, plan
 from ntk_monitor.probe import Probe, default_samples
 from ntk_monitor.reading import read
@@ -31,6 +34,7 @@ from ntk_monitor.restored import optimizers
 from ntk_monitor.running import LearningRates
 from ntk_monitor.series import Entry, Ledger, Survey, names
 from ntk_monitor.snapshot import Snapshot
+from ntk_monitor.tiers import skipped_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,7 @@ class Request:
     key: str | None = None
     average: bool = False
     trust: bool = False
+    device: str = "cpu"
     recipe: Recipe = field(default_factory=Recipe)
 
 
@@ -52,7 +57,6 @@ class Outcome:
     """What became of the checkpoints."""
 
     computed: list[Path] = field(default_factory=list)
-    reused: list[Path] = field(default_factory=list)
     failures: list[tuple[Path, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -67,82 +71,140 @@ class Analysis:
 
     Raises:
         InputError: model or data cannot be built from what is known.
-        CheckpointError: the first checkpoint cannot be read any more.
+        CheckpointError: no checkpoint fits the model.
     """
 
     def __init__(self, found: Survey, request: Request, directory: Path) -> None:
-        self.entries, self.request = found.entries, request
+        self.request, self.found = request, found.entries
         self.outcome = Outcome(failures=list(found.failures), notes=list(found.notes))
         self.ledger = Ledger(directory)
         paths = [entry.path for entry in found.entries]
-        first = read(paths[0], trust=request.trust)
         config, notes = rebuild.configuration(request.config, paths)
+        first = self._typical(found.entries)
         self.model, more = rebuild.model(request.model, first, config)
+        self.model.to(request.device)
+        self.entries = self._fitting(found.entries)
+        weights.apply(self.model, weights.chosen(first, key=request.key, average=request.average), str(first.path))
         self._loss, words = _loss(request.recipe.loss, rebuild.saved_manifest(paths))
-        source, where = rebuild.data(request.data, paths, config, trust=request.trust)
+        samples, where = rebuild.data(request.data, paths, config, drawn=request.probe is not None, trust=request.trust)
         self.outcome.notes += [*notes, *more, *words, *where]
-        weights.apply(self.model, weights.chosen(first, key=request.key, average=request.average), str(paths[0]))
-        self.monitor = self._monitor(source)
-        self.names = names(self.entries, self._options())
-        self._at: int | None = None
+        self.monitor = self._monitor(samples)
+        self._known(first, config)
+        self._built = _plainly([request.model.name, request.model.words, config.get("model"), first.hyper_parameters])
+        self._blank = self.monitor.handed()
+        self._at: Entry | None = None
+        self._name()
 
-    def _monitor(self, source: Any) -> Monitor:
-        recipe = self.request.recipe
-        samples = self.request.probe
-        probe = source if isinstance(source, Probe) and samples is None else None
-        if probe is None:
-            wanted = samples or default_samples(_outputs(self.model, source, recipe))
-            probe = Probe.of(source, wanted, recipe.seed)
-        several = isinstance(source, (Dataset, DataLoader))
-        monitor = Monitor(
-            self.model, None, probe, self._loss, reference=source if several else None, recipe=_plain(recipe)
-        )
-        if isinstance(source, DataLoader) and monitor.batch_size is None:
-            monitor.batch_size = source.batch_size
+    def _typical(self, entries: Sequence[Entry]) -> Checkpoint:
+        """Return the first checkpoint of the kind that most are of, from which the model is built."""
+        counts = Counter(entry.layout for entry in entries)
+        best = max(counts.values())
+        for entry in entries:
+            if counts[entry.layout] == best:
+                with suppress(CheckpointError):  # it may have gone since
+                    return read(entry.path, trust=self.request.trust)
+        raise CheckpointError(f"none of the checkpoints at {entries[0].path.parent} is there any more")
+
+    def _fitting(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
+        kept = []
+        for entry in entries:
+            try:
+                weights.matched(self.model, entry.weights, str(entry.path))
+                kept.append(entry)
+            except CheckpointError as error:
+                self.outcome.failures.append((entry.path, str(error)))
+        if not kept:
+            raise CheckpointError("; ".join(sentence for _, sentence in self.outcome.failures))
+        return tuple(kept)
+
+    def _monitor(self, samples: rebuild.Samples) -> Monitor:
+        recipe, count = self.request.recipe, self.request.probe
+        if isinstance(samples.probe, Probe):
+            probe = samples.probe
+        else:
+            wanted = count or default_samples(_outputs(self.model, samples.probe, recipe))
+            probe = Probe.of(samples.probe, wanted, recipe.seed)
+        return Monitor(self.model, None, probe, self._loss, reference=samples.training, recipe=_plain(recipe))
+
+    def _known(self, first: Checkpoint, config: Mapping[str, Any]) -> None:
+        """Tell the monitor what is known of the run: its length, batches and clipping."""
+        trainer, monitor = config.get("trainer"), self.monitor
+        trainer = trainer if isinstance(trainer, Mapping) else {}
+        planned = trainer.get("max_steps")
+        if monitor.total_steps is None and isinstance(planned, int) and planned > 0:
+            monitor.total_steps = planned
+        monitor.total_steps = monitor.total_steps or first.total_steps
+        if trainer.get("gradient_clip_val") and trainer.get("gradient_clip_algorithm") in (None, "norm"):
+            monitor.clip = float(trainer["gradient_clip_val"])
+        self._planned = monitor.total_steps
         if monitor.total_steps is None:
             monitor.total_steps = self.entries[-1].step
-        return monitor
 
     def _options(self) -> Mapping[str, Any]:
-        recipe = self.request.recipe
+        recipe, monitor = self.request.recipe, self.monitor
         shown = ("outputs", "engine", "memory_limit", "reference", "forecast_every", "seed", "params", "gram_every")
         options = {name: repr(getattr(recipe, name)) for name in shown}
         return options | {
-            "probe": self.monitor.probe.hash,
-            "loss": "" if self.monitor.loss is None else self.monitor.loss.name,
-            "model": type(self.model).__qualname__,
+            "probe": monitor.probe.hash,
+            "training": "" if monitor.reference is None else monitor.reference.hash,
+            "population": monitor.population,
+            "loss": "" if monitor.loss is None else monitor.loss.name,
+            "model": [type(self.model).__qualname__, self._built],
             "forward": getattr(recipe.forward, "__qualname__", repr(recipe.forward)),
-            "key": self.request.key,
-            "average": self.request.average,
-            "version": 1,
+            "prefix": recipe.log_prefix,
+            "planned": [self._planned, monitor.batch_size, monitor.clip],
+            "version": 2,
         }
 
-    def pending(self) -> tuple[int, ...]:
-        """Return the places of checkpoints whose record is not there yet."""
-        return tuple(i for i, name in enumerate(self.names) if not self.ledger.has(name))
+    def _name(self) -> None:
+        recipe = self.request.recipe
 
-    def run(self, places: Sequence[int], done: Callable[[Entry], None] | None = None, *, publish: bool = True) -> None:
+        def turn(i: int) -> tuple[int, bool, bool]:
+            return min(i, EARLY), self._foretells(i), _every(recipe.gram_every, i)
+
+        self.names = names(self.entries, self._options(), turn)
+
+    def _foretells(self, i: int) -> bool:
+        recipe = self.request.recipe
+        return recipe.reference > 0 and _every(recipe.forecast_every, i)
+
+    def pending(self) -> tuple[Entry, ...]:
+        """Return the checkpoints whose record is not there yet."""
+        return tuple(one for one, name in zip(self.entries, self.names, strict=True) if not self.ledger.has(name))
+
+    def run(
+        self, wanted: Sequence[Entry], done: Callable[[Entry], None] | None = None, *, publish: bool = True
+    ) -> None:
         """Measure these checkpoints, in increasing order, and keep each record as soon as it is finished.
 
+        One that cannot be measured leaves the series, so that the next is compared with the one before it.
+
         Args:
-            places: in `entries`.
+            wanted: of `entries`.
             done: called after each.
             publish: write the event file after each; one process of several does it at the end instead.
         """
-        for i in places:
-            entry = self.entries[i]
+        for entry in wanted:
             try:
-                self._measure(i)
-                self.outcome.computed.append(entry.path)
+                # A failure before it may have given it a name whose record is there.
+                if not self.ledger.has(self.names[self.entries.index(entry)]):
+                    self._measure(self.entries.index(entry))
+                    self.outcome.computed.append(entry.path)
             except NTKMonitorError as error:
-                self.outcome.failures.append((entry.path, said(error)))
+                self._drop(entry, str(error))
             if publish:
                 self.publish()
             if done is not None:
                 done(entry)
 
+    def _drop(self, entry: Entry, sentence: str) -> None:
+        self.outcome.failures.append((entry.path, sentence))
+        self.entries = tuple(one for one in self.entries if one is not entry)
+        self._at = None
+        self._name()
+
     def publish(self) -> Path | None:
-        """Write the event file from the finished records."""
+        """Write the event file from the finished records; None: there is none."""
         return self.ledger.publish(self.names)
 
     def plan(self) -> Plan:
@@ -164,46 +226,85 @@ class Analysis:
         return newer
 
     def _measure(self, i: int) -> None:
+        entry, ledger = self.entries[i], self.ledger
         self._prepare(i)
         notes, snapshot = self._probed(i)
-        if snapshot.status == "skipped":
-            raise InputError(f"{self.entries[i].path} cannot be measured: {snapshot.reason}")
-        for note in notes:
-            if note not in self.outcome.notes:
-                self.outcome.notes.append(note)
+        self.outcome.notes += [note for note in notes if note not in self.outcome.notes]
         # The cost of a probe is a fact about this machine; the share of a run that is over is none at all.
         metrics = {name: value for name, value in snapshot.metrics.items() if name != "overhead"}
-        self.ledger.write(self.names[i], replace(snapshot, metrics=metrics), self.request.recipe.log_prefix)
-        save(self.monitor.handed(), self.ledger.state(self.names[i]))
-        self.ledger.forget(but=(self.names[i],))
-        self._at = i
-
-    def _probed(self, i: int) -> tuple[tuple[str, ...], Snapshot]:
-        notes = self._load(i)
-        return notes, self.monitor.snapshot(self.entries[i].step, self.entries[i].epoch, tier="full")
+        facts = {name: value for name, value in snapshot.facts.items() if name != "startup_seconds"}
+        # The state first: where there is a record, the next one can be made.
+        save({"interval": self._interval(i), **self.monitor.handed()}, ledger.state(self.names[i]))
+        ledger.write(self.names[i], replace(snapshot, metrics=metrics, facts=facts), self.request.recipe.log_prefix)
+        if i:
+            ledger.state(self.names[i - 1]).unlink(missing_ok=True)  # it holds two copies of the weights
+        self._at = entry
 
     def _prepare(self, i: int) -> None:
         """Put the monitor where it stands after the record before this one."""
-        if i == 0 or self._at == i - 1:
-            return
-        state = self.ledger.state(self.names[i - 1])
-        with suppress(CheckpointError, KeyError):
-            self.monitor.take(load(state))
-            return
-        # Nothing is kept of the record before: measured again, for what this one compares with, and not recorded.
-        self._load(0)
-        self.monitor.begin(self.monitor.measure(self.entries[0].step))
-        if i > 1:
+        if i == 0:
+            self.monitor.take(self._blank)
+        elif self._at is not self.entries[i - 1]:
+            kept = self._kept(i - 1)
+            if kept is None or (self._foretells(i - 1) and kept["interval"] != self._interval(i - 1)):
+                self._again(i, kept)
+            else:
+                self.monitor.take(kept)
+
+    def _kept(self, i: int) -> dict[str, Any] | None:
+        with suppress(CheckpointError):
+            found: dict[str, Any] = load(self.ledger.state(self.names[i]))
+            return found
+        return None
+
+    def _again(self, i: int, kept: dict[str, Any] | None) -> None:
+        """Measure what this record compares with once more, and record nothing of it."""
+        self._at = None
+        try:
+            self.monitor.take(self._blank)
+            if i > 1:
+                self._load(0)
+                with suppress(NumericsError):
+                    self.monitor.begin(self.monitor.measure(self.entries[0].step))
             self._probed(i - 1)
+        except NTKMonitorError:
+            if kept is None:
+                raise
+            # Its file is gone: the forecast may be of another length, everything else is right.
+            self.monitor.take(kept)
+
+    def _probed(self, i: int) -> tuple[tuple[str, ...], Snapshot]:
+        """Measure a checkpoint; what it hands on depends on this one and the first alone."""
+        entry, monitor = self.entries[i], self.monitor
+        begun, notes = monitor.handed(), tuple[str, ...]()
+        try:
+            notes = self._load(i)
+            snapshot = monitor.finish(monitor.measure(entry.step, entry.epoch))
+        except NumericsError as error:  # a diverged network: as in a live run, that is its record
+            snapshot = skipped_record(entry.step, entry.epoch, monitor.probe, said(error))
+            monitor.take(self._blank | {name: begun[name] for name in _FIRST})
+        except NTKMonitorError:
+            raise
+        except Exception as error:
+            raise InputError(f"{entry.path} cannot be measured: {said(error)}") from error
+        if i and begun["first"] is None:
+            monitor.take(monitor.handed() | dict.fromkeys(_FIRST))
+        return notes, snapshot
+
+    def _interval(self, i: int) -> int | None:
+        after = self.entries[i + 1 : i + 2]
+        return after[0].step - self.entries[i].step if after else None
 
     def _load(self, i: int) -> tuple[str, ...]:
         request, entry = self.request, self.entries[i]
         whole = read(entry.path, trust=request.trust)
         chosen = weights.chosen(whole, key=request.key, average=request.average)
+        if digest(chosen) != entry.digest:
+            raise CheckpointError(f"{entry.path} has been written to since it was first read; start again")
         notes = weights.apply(self.model, chosen, str(entry.path))
         made, more = optimizers(self.model, whole)
-        monitor, after = self.monitor, self.entries[i + 1 : i + 2]
-        monitor.place = Place(i, after[0].step - entry.step if after else None)
+        monitor = self.monitor
+        monitor.place = Place(i, self._interval(i))
         monitor.optimizers, monitor.steps = made, entry.step
         monitor.learning_rates = LearningRates()
         if rates := tuple(rates_of(made)):
@@ -211,8 +312,26 @@ class Analysis:
         return (*whole.notes, *notes, *more)
 
 
+# What a monitor hands on of its first probe.
+_FIRST = ("first", "first_values")
+
+
+def _plainly(value: Any) -> Any:
+    """Return a nest of plain values; of an object only its type, whose name is the same in every process."""
+    if isinstance(value, Mapping):
+        return {str(key): _plainly(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, (list, tuple)):
+        return [_plainly(one) for one in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value).__qualname__
+
+
+def _every(period: int, i: int) -> bool:
+    return period > 0 and i % period == 0
+
+
 def _plain(recipe: Recipe) -> Recipe:
-    return replace(recipe, loss=None, verify=False)
+    # Blocks of one size on every machine: the last bits of a kernel depend on it.
+    return replace(recipe, loss=None, verify=False, memory_limit=recipe.memory_limit or MEMORY_LIMIT)
 
 
 def _loss(given: Any, manifest: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:

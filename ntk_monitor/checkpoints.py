@@ -43,7 +43,9 @@ class Checkpoint:
         optimizers: state dicts of the optimizers; empty: none were saved.
         schedulers: state dicts of the learning-rate schedulers.
         hyper_parameters: of the constructor, as Lightning saves them.
+        total_steps: planned length of the run in optimizer steps; None: not recorded.
         notes: what is missing or was found in an unusual place, one sentence each.
+        known: the digest, where the tensors themselves are gone.
     """
 
     path: Path
@@ -55,12 +57,20 @@ class Checkpoint:
     schedulers: tuple[Mapping[str, Any], ...] = ()
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Mapping[str, Any] = field(default_factory=dict)
+    total_steps: int | None = None
     notes: tuple[str, ...] = ()
+    known: str = ""
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the live weights: names, dtypes, shapes and bits, whatever file they came in."""
-        return digest(next(iter(self.states.values())))
+        return self.known or digest(self.states[LIVE])
+
+    def light(self, state: State) -> "Checkpoint":
+        """Return this checkpoint with one of its states only, as tensors without data, and empty optimizers."""
+        blank = {name: value.to("meta") for name, value in state.items()}
+        bare: tuple[Mapping[str, Any], ...] = ({},) * len(self.optimizers)
+        return Checkpoint(self.path, self.kind, self.step, self.epoch, {LIVE: blank}, bare, known=digest(state))
 
 
 def find(paths: Sequence[str | os.PathLike[str]]) -> tuple[Path, ...]:
@@ -124,9 +134,9 @@ def is_part(path: Path) -> bool:
 def ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
     """Return checkpoints by step, each state of the network once, and sentences about what was left out.
 
-    Copies (`last.ckpt`) have the same step and the same weights; the first of them stays. Two different networks at one
-    step are kept apart by a sentence only: the later file wins, as a resumed run replaces what it repeats. Without any
-    recorded step they go by the time they were written.
+    Copies (`last.ckpt`) have the same step and the same weights; the first of them stays, or one with optimizers. Two
+    different networks at one step are kept apart by a sentence only: the later file wins, as a resumed run replaces
+    what it repeats. Without any recorded step they go by the time they were written.
 
     Raises:
         CheckpointError: some have a step and some have none.
@@ -138,22 +148,28 @@ def ordered(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], 
             "into its name (step=100.pt)"
         )
     if without:
-        by_age = sorted(checkpoints, key=lambda c: (c.path.stat().st_mtime, str(c.path)))
+        by_age = sorted(checkpoints, key=lambda c: (_written(c.path), str(c.path)))
         note = ("no checkpoint says at which step it was saved: they are numbered in the order they were written",)
         return tuple(_numbered(c, k) for k, c in enumerate(by_age)), note if len(by_age) > 1 else ()
     kept: dict[int, Checkpoint] = {}
     notes = []
-    for one in sorted(checkpoints, key=lambda c: (c.step or 0, c.path.stat().st_mtime, str(c.path))):
+    for one in sorted(checkpoints, key=lambda c: (c.step or 0, _written(c.path), str(c.path))):
         step = one.step or 0
         other = kept.get(step)
         if other is None:
             kept[step] = one
         elif other.digest == one.digest:
             notes.append(f"{one.path.name} holds the same weights as {other.path.name}")
+            if len(one.optimizers) > len(other.optimizers):
+                kept[step] = one
         else:
             notes.append(f"{one.path} and {other.path} are different networks at step {step}: the newer one is used")
             kept[step] = one
     return tuple(kept[step] for step in sorted(kept)), tuple(notes)
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _numbered(checkpoint: Checkpoint, step: int) -> Checkpoint:

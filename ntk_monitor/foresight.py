@@ -100,7 +100,8 @@ class Foresight:
 
     def _walk(self, now: Now, found: Outlook, state: OptimizerState, loss: Loss) -> Path | None:
         if self._interval is None:
-            found.texts["forecast_score"] = "the first interval between probes is not known beforehand"
+            if now.place is None:
+                found.texts["forecast_score"] = "the first interval between probes is not known beforehand"
             return None
         steps = min(self._interval, horizon(now.step, now.total_steps))
         try:

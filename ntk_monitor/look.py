@@ -88,8 +88,8 @@ class Now:
     cost: float = 0.0
     """Seconds that the kernel of this probe took."""
     affordable: float = math.inf
-    place: Place | None = None
     """Seconds that forecasts may take."""
+    place: Place | None = None
     rates: Array = field(default_factory=lambda: np.empty((0, 0)))
     """Learning rates of the steps since the previous probe, (steps, groups); empty when they are not known."""
     rates_ahead: Callable[[int], Array | None] | None = None

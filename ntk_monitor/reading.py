@@ -92,13 +92,15 @@ def _pickled(path: Path, trust: bool) -> Checkpoint:
 
 
 def _lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
-    states = {LIVE: content.get("current_model_state", content["state_dict"])}
+    states: dict[str, Mapping[str, Tensor]] = {
+        LIVE: _tensors(content.get("current_model_state", content["state_dict"]))
+    }
     if "current_model_state" in content:  # WeightAveraging puts the average where the weights usually are
-        states["average"] = content["state_dict"]
+        states["average"] = _tensors(content["state_dict"])
     callbacks = _mapping(content.get("callbacks"))
     for state in callbacks.values():
         average = state.get("average_model_state") if isinstance(state, Mapping) else None
-        if _is_state(average):
+        if average is not None and _is_state(average):
             states["average"] = average
     optimizers = tuple(content.get("optimizer_states", ()))
     return Checkpoint(
@@ -111,7 +113,7 @@ def _lightning(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         tuple(content.get("lr_schedulers", ())),
         _mapping(content.get("hyper_parameters")),
         callbacks,
-        () if optimizers else (_BARE,),
+        notes=() if optimizers else (_BARE,),
     )
 
 
@@ -138,6 +140,7 @@ def _huggingface(path: Path, trust: bool) -> Checkpoint:
         {LIVE: state},
         optimizers,
         schedulers,
+        total_steps=_whole(trainer.get("max_steps")),
         notes=(*notes, *(() if optimizers else (_BARE,))),
     )
 
@@ -172,7 +175,7 @@ def _sharded(path: Path, trust: bool) -> Checkpoint:
         "sharded",
         step,
         _whole(content.get("epoch")),
-        {LIVE: {name: value for name, value in state.items() if isinstance(value, Tensor)}},
+        {LIVE: _tensors(state)},
         hyper_parameters=_mapping(content.get("hyper_parameters")),
         notes=(*notes, "the optimizer's shards are left aside: no learning-rate bound, no forecast"),
     )
@@ -254,6 +257,11 @@ def _whole(value: Any) -> int | None:
 
 def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(one, Tensor) for one in value.values())
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a state dict without what modules add to it that is no tensor."""
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _flattened(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
 from ntk_monitor.checkpoints import Checkpoint
 from ntk_monitor.errors import InputError, NTKMonitorError, said
@@ -130,8 +132,8 @@ def imported(name: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{name!r} cannot be imported: {said(error, kind=False)}") from error
+    except Exception as error:  # importing runs the user's code
+        raise InputError(f"{name!r} cannot be imported: {said(error)}") from error
     return found
 
 
@@ -164,7 +166,8 @@ def instance(
             parser.add_function_arguments(target, name, fail_untyped=False)
         chosen = parser.parse_object({name: kept}, defaults=True) if kept else parser.get_defaults()
         chosen = parser.parse_args(list(words), chosen)
-        made = parser.instantiate_classes(chosen).get(name)
+        build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before jsonargparse 4.49
+        made = build(chosen).get(name)
         if inspect.isclass(target):
             return made, notes
         return target(**(vars(made) if made is not None else {})), notes
@@ -175,33 +178,95 @@ def instance(
         raise InputError(f"{target.__name__} cannot be built from {given}: {said(error)}; add --{name}.NAME") from error
 
 
-def data(
-    wish: Wish, near: Sequence[Path], config: Mapping[str, Any] | None = None, *, trust: bool = False
-) -> tuple[Any, tuple[str, ...]]:
-    """Return what a probe can be drawn from (`Probe.of`), and sentences about where it comes from.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What to measure on, in the forms of `Probe.of`."""
 
-    A probe saved beside the run comes first when nothing else is wished for: it is what the run itself measured.
+    probe: Any
+    training: Any = None
+    """The training set, beside the probe; None: there is none, and no forecast."""
+
+
+def data(
+    wish: Wish,
+    near: Sequence[Path],
+    config: Mapping[str, Any] | None = None,
+    *,
+    drawn: bool = False,
+    trust: bool = False,
+) -> tuple[Samples, tuple[str, ...]]:
+    """Return what a probe can be drawn from, and sentences about where it comes from.
+
+    A probe saved beside the run is what the run itself measured: it comes first, unless a file of samples is named, and
+    the data that are found then are the training set beside it.
+
+    Args:
+        wish: name of a class, function or file; or nothing, then the configuration's.
+        near: checkpoints, beside which a probe may lie.
+        config: of LightningCLI.
+        drawn: leave a saved probe aside.
+        trust: see `reading.read`.
 
     Raises:
         InputError: nothing says which data, or they cannot be read.
     """
+    path = Path(wish.name or "")
+    if wish.name is not None and (path.suffix in _FILES or path.is_file()):
+        found = from_file(path, trust=trust)
+        return Samples(found, None if isinstance(found, Probe) else found), (f"samples of {path}",)
+    saved = None if drawn else next((p for place in near for p in _upwards(place, "*_probe.json")), None)
     section = (config or {}).get("data")
     section = section if isinstance(section, Mapping) else {}
-    if wish.name is None:
-        saved = [p for place in near for p in _upwards(place, "*_probe.json")]
-        if saved:
-            return load(saved[0]), (f"the probe that the run itself measured, {saved[0]}",)
-        if "class_path" not in section:
-            raise InputError(
-                "nothing says which data to measure on, and no probe is saved beside the run; pass --data "
-                "pkg.DataModule, pkg:function, or a .pt, .npz or .npy file of (inputs, targets)"
-            )
-    elif (path := Path(wish.name)).suffix in (".pt", ".pth", ".npz", ".npy", ".json", ".safetensors") or path.is_file():
-        return from_file(path, trust=trust), (f"samples of {path}",)
-    name = wish.name or str(section["class_path"])
-    values = dict(section.get("init_args") or {}) if section.get("class_path") in (None, name) else {}
-    made, notes = instance(imported(name), values, wish.words, "data")
-    return _drawn_from(made, name), notes
+    name = wish.name or section.get("class_path")
+    if saved is None and name is None:
+        raise InputError(
+            "nothing says which data to measure on, and no probe is saved beside the run; pass --data "
+            "pkg.DataModule, pkg:function, or a .pt, .npz or .npy file of (inputs, targets)"
+        )
+    made: Any = None
+    notes: tuple[str, ...] = ()
+    if name is not None:
+        values = dict(section.get("init_args", section)) if section.get("class_path") in (None, name) else {}
+        try:
+            made, notes = instance(imported(name), values, wish.words, "data")
+            made = listed(_drawn_from(made, name))
+        except InputError as error:
+            if saved is None or wish.name is not None:
+                raise
+            notes = (f"no forecasts, since the training data are not there: {error}",)
+    if saved is None:
+        return Samples(made, None if isinstance(made, Probe) else made), notes
+    return Samples(load(saved), made), (*notes, f"the probe that the run itself measured, {saved}")
+
+
+_FILES = (".pt", ".pth", ".npz", ".npy", ".json", ".safetensors")
+
+
+def listed(made: Any) -> Any:
+    """Return samples in a few big tensors, or in a list, as a data set of single ones; others as they are."""
+    if isinstance(made, (torch.Tensor, np.ndarray)):
+        return TensorDataset(torch.as_tensor(made))
+    if (
+        isinstance(made, (tuple, list))
+        and len(made) == 2
+        and all(isinstance(o, (torch.Tensor, np.ndarray)) for o in made)
+    ):
+        return TensorDataset(*map(torch.as_tensor, made))
+    if isinstance(made, Mapping) and made and all(isinstance(one, torch.Tensor) for one in made.values()):
+        rows = min(len(one) for one in made.values())
+        return _Listed([{key: value[i] for key, value in made.items()} for i in range(rows)])
+    return _Listed(made) if isinstance(made, list) else made
+
+
+class _Listed(Dataset[Any]):
+    def __init__(self, samples: list[Any]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._samples[index]
 
 
 def _drawn_from(made: Any, name: str) -> Any:
@@ -217,37 +282,40 @@ def _drawn_from(made: Any, name: str) -> Any:
 
 
 def from_file(path: Path, *, trust: bool = False) -> Any:
-    """Return (inputs, targets), or inputs alone, of a file; a saved probe as such.
+    """Return the samples of a file as a set to draw from; a saved probe as such.
 
+    .pt: (inputs, targets), inputs, or a mapping of both (x and y); another mapping is a batch for the model's keywords.
     .npz: arrays x and y, or inputs and targets, or the only two. .npy: inputs.
 
     Raises:
-        InputError: a file of another kind.
+        InputError: a file of another kind, or inputs and targets of different numbers of samples.
         CheckpointError: a pickle that needs trust, or a damaged file.
     """
     if not path.exists():
         raise InputError(f"--data must be an existing file, pkg.Class or pkg:function, got {path}")
     if path.suffix in (".json", ".safetensors"):
         return load(path)
-    if path.suffix in (".npz", ".npy"):
-        try:
-            content = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as numpy arrays: {said(error)}") from error
-        if isinstance(content, np.ndarray):
-            return torch.from_numpy(content)
-        arrays = {key: torch.from_numpy(content[key]) for key in content.files}
-        return _pair(arrays, path)
-    content = loaded(path, trust=trust)
-    if isinstance(content, Mapping) and not {"inputs", "x"} & set(content):
-        return content  # a batch for the model's keywords
-    return _pair(content, path) if isinstance(content, Mapping) else content
+    try:
+        if path.suffix not in (".npz", ".npy"):
+            content = loaded(path, trust=trust)
+            return listed(_pair(content, path) if isinstance(content, Mapping) else content)
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            return listed(torch.from_numpy(arrays))
+        return listed(_pair({key: torch.from_numpy(arrays[key]) for key in arrays.files}, path, only=True))
+    except (OSError, ValueError, TypeError, AssertionError, BadZipFile) as error:
+        if isinstance(error, NTKMonitorError):
+            raise
+        raise InputError(f"{path} cannot be read as samples: {said(error, kind=False)}") from error
 
 
-def _pair(arrays: Mapping[str, Any], path: Path) -> Any:
+def _pair(arrays: Mapping[str, Any], path: Path, *, only: bool = False) -> Any:
+    """Return (inputs, targets) or inputs out of a mapping; with `only` there can be nothing else in it."""
     for inputs, targets in (("inputs", "targets"), ("x", "y"), ("X", "y")):
         if inputs in arrays:
             return (arrays[inputs], arrays[targets]) if targets in arrays else arrays[inputs]
+    if not only:
+        return arrays
     if len(arrays) == 2:
         return tuple(arrays.values())
     raise InputError(f"{path} must hold inputs and targets (or x and y), got {', '.join(arrays)}")
@@ -261,8 +329,3 @@ def saved_manifest(near: Sequence[Path]) -> Mapping[str, Any]:
         except (OSError, ValueError):
             continue
     return {}
-
-
-def is_probe(data: Any) -> bool:
-    """True for samples that are a probe already, and not a set to draw one from."""
-    return isinstance(data, Probe)

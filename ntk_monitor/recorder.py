@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -19,8 +19,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ntk_monitor import board
-from ntk_monitor.errors import InputError
+from ntk_monitor.errors import InputError, said
 from ntk_monitor.events import event
+from ntk_monitor.say import say
 from ntk_monitor.snapshot import Snapshot
 
 _numbers = itertools.count()
@@ -33,11 +34,16 @@ class Recorder:
     Give a run its own directory: by default TensorBoard follows only the newest event file of a directory.
     Costs about 3 ms per probe of 12 kB, nearly all of it tensorboard's checksum.
 
+    Args:
+        log_dir: a local directory, made if need be.
+        strict: raise what goes wrong in `write`, a full disk for one; False: say so and go on, so that a training loop
+            does not end because of it.
+
     Raises:
         InputError: `log_dir` is an address such as s3://… (object stores cannot append), or an existing file.
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
+    def __init__(self, log_dir: str | os.PathLike[str], *, strict: bool = True) -> None:
         if "://" in str(log_dir):
             raise InputError(
                 f"log_dir must be a local directory, got {log_dir}; record locally and copy the directory afterwards"
@@ -49,7 +55,7 @@ class Recorder:
         # The name that TensorBoard expects; the counter tells recorders of one process in one second apart.
         origin = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self.path = self.log_dir / f"events.out.tfevents.{origin}.ntk"
-        self._closed = False
+        self._closed, self._strict = False, strict
         append(self.path)
 
     def write(
@@ -64,8 +70,13 @@ class Recorder:
             stock: also write the scalars and pictures that TensorBoard's own dashboards show. Drawing a stored Gram
                 matrix costs about 0.3 s.
         """
-        shown = [*board.scalars(snapshot, prefix), *board.pictures(snapshot, prefix)] if stock else []
-        self._append(event(snapshot, prefix, [*shown, *extra]))
+        try:
+            shown = [*board.scalars(snapshot, prefix), *board.pictures(snapshot, prefix)] if stock else []
+            self._append(event(snapshot, prefix, [*shown, *extra]))
+        except Exception as error:
+            if self._strict:
+                raise
+            say(f"the probe at step {snapshot.step} could not be written: {said(error, kind=True)}")
 
     def flush(self) -> None:
         """Wait until the disk has everything, which survives a power failure; a crash of the process needs no flush."""
@@ -76,8 +87,13 @@ class Recorder:
     def close(self) -> None:
         """Flush and refuse further writes. Closing twice is allowed."""
         if not self._closed:
-            self.flush()
             self._closed = True
+            try:
+                self.flush()
+            except OSError as error:
+                if self._strict:
+                    raise
+                say(f"the record may not survive a power failure: {said(error)}")
 
     def __enter__(self) -> "Recorder":
         return self
@@ -123,9 +139,9 @@ def _header(wall_time: float | None = None) -> Event:
     return Event(wall_time=wall_time or time.time(), file_version="brain.Event:2", source_metadata=source)
 
 
-def whole(events: Sequence[Event]) -> bytes:
-    """Return the content of an event file that holds exactly these records: the same for the same records."""
-    return encoded([_header(events[0].wall_time if events else None)], events)
+def beginning(wall_time: float) -> bytes:
+    """Return how an event file that was begun at this time starts."""
+    return encoded([_header(wall_time)])
 
 
 def encoded(*parts: Iterable[Event]) -> bytes:

@@ -45,6 +45,22 @@ def apply(model: nn.Module, weights: Mapping[str, Tensor], source: str = "the ch
         CheckpointError: names or shapes that do not fit, or integers where the model has fractions; they are listed.
     """
     own = model.state_dict()
+    found, notes = matched(model, weights, source)
+    with torch.no_grad():
+        for name, value in found.items():
+            own[name].copy_(value)
+    return notes
+
+
+def matched(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str = "the checkpoint"
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the weights under the names of the model, and what `apply` says of them; the data are not looked at.
+
+    Raises:
+        CheckpointError: see `apply`.
+    """
+    own = model.state_dict()
     found, notes = _renamed(weights, own)
     missing = sorted(set(own) - set(found) - _shared(model, set(found)))
     unexpected = sorted(set(found) - set(own))
@@ -74,10 +90,7 @@ def apply(model: nn.Module, weights: Mapping[str, Tensor], source: str = "the ch
         notes = (*notes, f"{_list('tied weights stored once', tied)}")
     if cast:
         notes = (*notes, f"weights are converted: {', '.join(cast).replace('torch.', '')}")
-    with torch.no_grad():
-        for name, value in found.items():
-            own[name].copy_(value)
-    return notes
+    return found, notes
 
 
 def _renamed(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

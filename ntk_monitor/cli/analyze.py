@@ -10,6 +10,7 @@ were measured before with the same options are not measured again.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
-    from ntk_monitor.analysis import Analysis, Outcome, Request
-    from ntk_monitor.series import Survey
+    from ntk_monitor.analysis import Analysis, Request
+    from ntk_monitor.series import Lookout, Survey
 
 EXAMPLE = "ntk-monitor analyze lightning_logs/version_0 --model shop.Net --data shop.Data"
 
 WORDS = ("model", "data")
 """Options whose own arguments follow as --model.NAME VALUE."""
+
+_PAUSE = 2.0
+"""Seconds between two looks; a file that changes from one to the next is still being written."""
 
 
 def add(parser: "ArgumentParser") -> None:
@@ -61,6 +65,9 @@ def add_source(parser: "ArgumentParser") -> None:
     parser.add_argument("--memory-limit", type=int, default=None, metavar="BYTES", help="for blocks of gradients")
     parser.add_argument("--reference", type=int, default=512, metavar="N", help="training samples behind forecasts")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
+    parser.add_argument("--batch-size", type=int, default=None, metavar="N", help="samples of one optimizer step")
+    parser.add_argument("--total-steps", type=int, default=None, metavar="N", help="planned length of the run")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--prefix", type=str, default="ntk", help="of the tags")
     parser.add_argument("--average", action="store_true", help="measure averaged weights (EMA, SWA)")
     parser.add_argument("--state-dict-key", type=str, default=None, metavar="KEY", help="which weights of a checkpoint")
@@ -89,6 +96,9 @@ def requested(options: dict[str, Any]) -> "Request":
         reference=options["reference"],
         seed=options["seed"],
         log_prefix=options["prefix"],
+        gram_every=1,
+        batch_size=options["batch_size"],
+        total_steps=options["total_steps"],
     )
     config = options["config"]
     return Request(
@@ -99,7 +109,21 @@ def requested(options: dict[str, Any]) -> "Request":
         key=options["state_dict_key"],
         average=options["average"],
         trust=options["trust_checkpoint"],
+        device=_device(options["device"]),
         recipe=recipe,
+    )
+
+
+def lookout(options: dict[str, Any], request: "Request") -> "Lookout":
+    """Return what looks for the checkpoints."""
+    from ntk_monitor.series import Lookout
+
+    return Lookout(
+        options["checkpoints"],
+        key=request.key,
+        average=request.average,
+        trust=request.trust,
+        but=() if request.data.name is None else (Path(request.data.name),),
     )
 
 
@@ -112,46 +136,65 @@ def run(**options: Any) -> int:
     return alone(options)
 
 
-def alone(options: dict[str, Any], rank: int = 0, world: int = 1, meet: Any = None) -> int:
+def alone(options: dict[str, Any], rank: int = 0, world: int = 1, meet: "Callable[[], None] | None" = None) -> int:
     """Do the share of one process; the first of several publishes what all have found."""
     from rich.console import Console
 
     from ntk_monitor.analysis import Analysis
-    from ntk_monitor.series import survey
 
     console, request = Console(highlight=False, quiet=rank > 0), requested(options)
-
-    def look() -> "Survey":
-        return survey(options["checkpoints"], key=request.key, average=request.average, trust=request.trust)
-
-    found = look()
+    seconds, eyes, directory = options["watch"], lookout(options, request), _directory(options)
+    found = eyes.look() if seconds is None else _awaited(eyes, seconds)
     if not found.entries:
         raise InputError("; ".join(sentence for _, sentence in found.failures) or "no checkpoint can be read")
-    directory = _directory(options)
     analysis = Analysis(found, request, directory)
-    _go(analysis, console, rank, world)
-    if meet is not None:
-        meet()
-    if rank > 0:
-        return 0
-    deadline = None if options["watch"] is None else time.monotonic() + options["watch"]
-    while deadline is not None and time.monotonic() < deadline:
-        time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
-        newer = look()
-        if newer.entries != analysis.entries:
-            analysis = analysis.extended(newer)
-            _go(analysis, console, 0, 1)
-            deadline = time.monotonic() + options["watch"]
+    try:
+        _go(analysis, console, rank, world)
+        if meet is not None:
+            meet()
+        if rank > 0:
+            return 0
+        if world > 1:
+            _go(analysis, console, 0, 1)  # what another process could not measure
+        if seconds is not None:
+            analysis = _watched(analysis, eyes, seconds, console)
+    except KeyboardInterrupt:
+        analysis.publish()
+        console.print(f"interrupted: {len(analysis.pending())} checkpoints to go, by the same command", markup=False)
+        raise
     if analysis.publish() is None:
-        raise InputError(analysis.outcome.failures[0][1] if analysis.outcome.failures else "nothing was measured")
-    return _said(analysis.outcome, directory, options, console)
+        raise InputError("; ".join(sentence for _, sentence in analysis.outcome.failures) or "nothing was measured")
+    return _said(analysis, directory, options, console)
+
+
+def _awaited(eyes: "Lookout", seconds: float) -> "Survey":
+    """Return what is there once it no longer changes."""
+    deadline = time.monotonic() + seconds
+    eyes.look(growing=True)
+    while True:
+        time.sleep(_PAUSE)
+        found = eyes.look(growing=True)
+        if found.entries or time.monotonic() > deadline:
+            return found
+
+
+def _watched(analysis: "Analysis", eyes: "Lookout", seconds: float, console: "Console") -> "Analysis":
+    """Measure what appears, until nothing has for so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(_PAUSE)
+        found = eyes.look(growing=True)
+        if found.entries != analysis.found:
+            analysis = analysis.extended(found)
+            _go(analysis, console, 0, 1)
+            deadline = time.monotonic() + seconds
+    return analysis
 
 
 def _go(analysis: "Analysis", console: "Console", rank: int, world: int) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     pending = analysis.pending()
-    analysis.outcome.reused = [e.path for i, e in enumerate(analysis.entries) if i not in pending]
     # Neighbours stay together: a record needs what the one before hands on.
     share = -(-len(pending) // world)
     mine = pending[rank * share : (rank + 1) * share]
@@ -161,25 +204,42 @@ def _go(analysis: "Analysis", console: "Console", rank: int, world: int) -> None
         analysis.run(mine, lambda _: progress.advance(task), publish=world == 1)
 
 
-def _said(outcome: "Outcome", directory: Path, options: dict[str, Any], console: "Console") -> int:
+def _said(analysis: "Analysis", directory: Path, options: dict[str, Any], console: "Console") -> int:
     from ntk_monitor.cli.words import print_summary
     from ntk_monitor.health import findings
     from ntk_monitor.history import load_history
 
-    history = load_history(directory, prefix=options["prefix"])
+    history, outcome = load_history(directory, prefix=options["prefix"]), analysis.outcome
+    skipped = [f"step {snapshot.step}: {snapshot.reason}" for snapshot in history if snapshot.status == "skipped"]
+    if not history.measured:
+        raise InputError(f"no checkpoint can be measured: {skipped[0]}")
     print_summary(history, console)
     for note in dict.fromkeys(outcome.notes):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-    for path, sentence in outcome.failures:
-        console.print(f"not measured: {path.name}: {sentence}", markup=False, soft_wrap=True)
-    console.print(f"{len(outcome.computed)} checkpoints measured, {len(outcome.reused)} were measured before")
+    missing = [f"{path.name}: {sentence}" for path, sentence in outcome.failures] + skipped
+    for line in missing:
+        console.print(f"not measured: {line}", markup=False, soft_wrap=True)
+    ours = len(outcome.computed)
+    console.print(f"{ours} checkpoints measured, {len(analysis.entries) - ours} were measured before")
     if not options["no_report"]:
         from ntk_monitor.report import write
 
         console.print(f"report       {write({directory.name: history}, directory / 'report.html')}", soft_wrap=True)
     console.print(f"TensorBoard  tensorboard --logdir {directory}", soft_wrap=True, markup=False)
     errors = any(one.severity == "error" for one in findings(history.snapshots))
-    return 1 if options["strict"] and (outcome.failures or errors) else 0
+    return 1 if options["strict"] and (missing or errors) else 0
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device must be auto, cpu or cuda with a number, got {name}: {error}") from error
+    return name
 
 
 def _directory(options: dict[str, Any]) -> Path:

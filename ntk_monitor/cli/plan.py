@@ -5,7 +5,7 @@ Takes the options of analyze. Nothing is measured but one forward pass.
 
 from typing import TYPE_CHECKING, Any
 
-from ntk_monitor.cli.analyze import WORDS, add_source, requested
+from ntk_monitor.cli.analyze import WORDS, add_source, lookout, requested
 from ntk_monitor.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,10 +30,9 @@ def run(**options: Any) -> int:
     from rich.console import Console
 
     from ntk_monitor.analysis import Analysis
-    from ntk_monitor.series import survey
 
     request = requested(options)
-    found = survey(options["checkpoints"], key=request.key, average=request.average, trust=request.trust)
+    found = lookout(options, request).look()
     if not found.entries:
         raise InputError("; ".join(sentence for _, sentence in found.failures) or "no checkpoint can be read")
     console = Console(highlight=False)

@@ -1,5 +1,6 @@
 """The work of a command shared by several processes, as Lightning Fabric starts them."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +18,17 @@ def shared(options: dict[str, Any], work: Callable[..., int]) -> int:
     try:
         crew = fabric.Fabric(
             accelerator="auto",
-            devices=options["devices"],
-            num_nodes=options["num_nodes"],
+            devices=int(os.environ.get("LOCAL_WORLD_SIZE", options["devices"])),  # torchrun's own number
+            num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", options["num_nodes"])),
             strategy=options["strategy"],
         )
         crew.launch()
     except (ValueError, RuntimeError) as error:
         raise InputError(f"these processes cannot be started: {str(error).splitlines()[0]}") from error
     try:
-        return work(options, crew.global_rank, crew.world_size, crew.barrier)
+        # On several GPUs each process has one of its own.
+        mine = options | ({"device": str(crew.device)} if options["device"] == "auto" else {})
+        return work(mine, crew.global_rank, crew.world_size, crew.barrier)
     finally:
         import torch.distributed as distributed
 
