@@ -16,15 +16,16 @@ def clocked(hook: _Hook) -> _Hook:
 
     @wraps(hook)
     def timed(self: Any, *arguments: Any, **named: Any) -> None:
-        monitor = self.monitor
+        start, monitor = time.perf_counter(), self.monitor
         if monitor is None:
             hook(self, *arguments, **named)
             return
         schedule = monitor.schedule
-        start, accounted = time.perf_counter(), schedule.accounted
+        accounted = schedule.spent + schedule.excused
         try:
             hook(self, *arguments, **named)
         finally:
-            schedule.pay(max(0.0, time.perf_counter() - start - (schedule.accounted - accounted)))
+            accounted -= schedule.spent + schedule.excused
+            schedule.pay(max(0.0, time.perf_counter() - start + accounted))
 
     return cast(_Hook, timed)

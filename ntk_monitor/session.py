@@ -187,9 +187,13 @@ class Session:
         """Record the learning rates that the coming optimizer step uses."""
         if self.monitor is None or self.resting:
             return
-        with self._contained():
+        try:
             self.monitor.steps, self.monitor.optimizers = step, optimizers
             self.monitor.observe()
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            self.rest(said(error, kind=True))
 
     def expect(self, see: Callable[[], tuple[Tensor, Tensor] | None]) -> None:
         """Note outputs and targets of the batch whose loss comes next."""
