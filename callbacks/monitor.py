@@ -68,7 +68,7 @@ class NTKMonitor(Base):
             targets); a DataLoader or Dataset to draw from; a Probe.
         every_n_steps: fixed cadence in optimizer steps; None: as often as `max_overhead` allows. The first and the
             last step are always probed.
-        max_overhead: share of the wall time the monitor may take when `every_n_steps` is None.
+        max_overhead: share of the wall time after start-up that the monitor may take when `every_n_steps` is None.
         outputs: "full", "trace", "sum", "loss" (see `ntk_monitor.empirical_ntk`); "auto": full while N·C ≤ 2048, else
             loss.
         loss: name, torch loss or callable (outputs, targets) → scalar; None: matched.
@@ -86,7 +86,7 @@ class NTKMonitor(Base):
         log_prefix: prefix of every tag; two monitors in one Trainer need different ones.
         log_dir: where to write the record when there is no TensorBoard logger.
         engine: "auto", "structured", "reference" or "rows".
-        memory_limit: bytes for Jacobian blocks; None: 1 GiB.
+        memory_limit: bytes for Jacobian blocks; None: half of what is free at the peak of training.
         device: where to measure; None: where the parameters are.
         seed: of the probe's choice.
         strict: raise instead of skipping (for debugging; the run dies with the probe).
@@ -374,7 +374,7 @@ class NTKMonitor(Base):
             return
         if monitor.batch_size is None:
             monitor.batch_size = effective_batch(trainer, batch)
-        value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        value = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
         if isinstance(value, Tensor) and value.numel() == 1:
             value, scale = value.detach(), trainer.accumulate_grad_batches
             # By automatic optimization this is the Trainer's own copy; anything else could change until it is read.

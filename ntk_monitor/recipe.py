@@ -23,7 +23,8 @@ class Recipe:
 
     Attributes:
         every_n_steps: cadence in optimizer steps; None: as often as `max_overhead` allows.
-        max_overhead: share of wall time the monitor may take when `every_n_steps` is None.
+        max_overhead: share of wall time after start-up that the monitor may take when `every_n_steps` is None; light
+            probes between the full ones included (see `ntk_monitor.schedule`).
         outputs: kernel layout (see `empirical_ntk`); "auto": the full kernel while N·C ≤ 2048, else the kernel of the
             per-sample losses; the latter also where (N·C)² P exceeds 2e11 multiply-adds.
         loss: name, torch loss or callable (outputs, targets) → scalar; None: found by matching the training loss.
@@ -40,7 +41,8 @@ class Recipe:
         directions: named directions of the residual whose learning is followed (see `ntk_monitor.directions`): a
             mapping name → (N, C) array, or None for classes or outputs.
         engine: see `empirical_ntk`.
-        memory_limit: bytes for Jacobian blocks; None: 1 GiB.
+        memory_limit: bytes for Jacobian blocks; None: half of what is free at the peak of training, at most 1 GiB on a
+            CPU.
         gram_every: store and draw the Gram matrix at every this many probes; 0: never.
         verify: prove on the first probe that parameters, buffers, gradients, flags and random states are untouched.
         log_prefix: prefix of every tag.
