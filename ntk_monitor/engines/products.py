@@ -114,9 +114,12 @@ class Products:
             'use empirical_ntk(..., engine="rows"), which needs one derivative only'
         )
 
+    # A push holds what it needs and not `self`, which holds it: a circle would keep the graph of a whole forward pass
+    # in memory until the garbage collector comes by.
+
     def _twice_backward(self) -> Push:
         if not self._outputs.requires_grad:
-            return self._zero
+            return self._zero()
         # Jᵀ w is linear in w, so that its derivative does not depend on the w it is taken at.
         w = torch.ones_like(self._outputs, requires_grad=True)
         gradients = torch.autograd.grad(
@@ -125,7 +128,7 @@ class Products:
         seen = [i for i, g in enumerate(gradients) if g.requires_grad]
         linear = [gradients[i] for i in seen]
         if not linear:  # J is zero, or cannot be followed so: the comparison with the backward pass tells
-            return self._zero
+            return self._zero()
 
         def push(u: Sequence[Tensor]) -> Tensor:
             directions = [u[i] for i in seen]
@@ -134,21 +137,23 @@ class Products:
 
         return push
 
-    def _zero(self, _: Sequence[Tensor]) -> Tensor:
-        return torch.zeros_like(self._outputs)
+    def _zero(self) -> Push:
+        outputs = self._outputs.detach()
+        return lambda _: torch.zeros_like(outputs)
 
     def _forward_mode(self) -> Push:
-        names = list(self._network.parameters)
+        network, inputs, parameters, seed = self._network, self._inputs, self._parameters, self._seed
+        names, outputs = list(network.parameters), self._outputs.detach()
 
         # Without a graph, which the dual numbers do not need: convolutions take two thirds of the time.
         @torch.no_grad()
         def push(u: Sequence[Tensor]) -> Tensor:
-            seeded(self._seed)
+            seeded(seed)
             with forward_ad.dual_level():
-                pairs = zip(names, self._parameters, u, strict=True)
+                pairs = zip(names, parameters, u, strict=True)
                 duals = {name: forward_ad.make_dual(p.detach(), tangent) for name, p, tangent in pairs}
-                tangent = forward_ad.unpack_dual(self._network.function(duals, self._inputs)).tangent
-                return torch.zeros_like(self._outputs) if tangent is None else tangent.clone()
+                tangent = forward_ad.unpack_dual(network.function(duals, inputs)).tangent
+                return torch.zeros_like(outputs) if tangent is None else tangent.clone()
 
         return push
 
