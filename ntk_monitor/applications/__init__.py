@@ -12,7 +12,9 @@ from ntk_monitor.applications.report import Report as Report
 from ntk_monitor.applications.report import Table as Table
 from ntk_monitor.applications.report import Verdict as Verdict
 
-APPLICATIONS: tuple[str, ...] = ()
+APPLICATIONS: tuple[str, ...] = (
+    "task_overlap",
+)
 """Names of the modules that exist, in the order of the chapter they come from."""
 
 __all__ = ["APPLICATIONS", "Number", "Report", "Table", "Verdict"]
