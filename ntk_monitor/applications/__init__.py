@@ -13,6 +13,7 @@ from ntk_monitor.applications.report import Table as Table
 from ntk_monitor.applications.report import Verdict as Verdict
 
 APPLICATIONS: tuple[str, ...] = (
+    "initialization",
     "task_overlap",
 )
 """Names of the modules that exist, in the order of the chapter they come from."""
