@@ -122,10 +122,10 @@ def run(work: Workload, steps: int, callbacks: list[Any], root: Path) -> float:
     return time.perf_counter() - start
 
 
-def measured(name: str, steps: int, share: float) -> Stopwatch:
-    """Run once under the stopwatch."""
+def measured(name: str, steps: int, share: float, **options: Any) -> Stopwatch:
+    """Run once under the stopwatch, with further options of NTKMonitor."""
     with tempfile.TemporaryDirectory() as root:
-        watch = Stopwatch(max_overhead=share, log_dir=str(Path(root) / "record"))
+        watch = Stopwatch(max_overhead=share, log_dir=str(Path(root) / "record"), **options)
         run(WORKLOADS[name], steps, [watch], Path(root))
     return watch
 
