@@ -14,6 +14,7 @@ from ntk_monitor.applications.report import Verdict as Verdict
 
 APPLICATIONS: tuple[str, ...] = (
     "initialization",
+    "geometry",
     "task_overlap",
 )
 """Names of the modules that exist, in the order of the chapter they come from."""
