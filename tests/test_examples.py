@@ -41,6 +41,15 @@ def test_plain_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "loss" in capsys.readouterr().out
 
 
+def test_huggingface(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = _main("huggingface")(steps=3, out=tmp_path)
+    assert history.steps.tolist() == [0, 1, 2, 3]
+    assert {(s.kernel, s.loss, s.loss_status) for s in history} == {
+        ("loss", "token_cross_entropy(mean, shifted)", "matched")
+    }
+    assert "layers that move the outputs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short(path: Path) -> None:
     text = path.read_text()
