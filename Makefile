@@ -42,6 +42,7 @@ format: $(STAMP) ## rewrite files in the house format
 bench: $(STAMP) ## time what users wait for
 	$(BIN)/python -m tests.benchmarks.run
 	$(BIN)/python -m tests.benchmarks.overhead
+	$(BIN)/python -m tests.benchmarks.analyze
 
 # Installs nothing: a machine with an accelerator is often offline and has its own torch. Only files with gpu tests are
 # collected, since others may import test tools that it lacks; and its versions are not ours, so warnings are no errors.

@@ -89,7 +89,7 @@ class Analysis:
         samples, where = rebuild.data(request.data, paths, config, drawn=request.probe is not None, trust=request.trust)
         self.outcome.notes += [*notes, *more, *words, *where]
         self.monitor = self._monitor(samples)
-        self._known(first, config)
+        self._known(first, config, samples)
         self._built = _plainly([request.model.name, request.model.words, config.get("model"), first.hyper_parameters])
         self._blank = self.monitor.handed()
         self._at: Entry | None = None
@@ -126,7 +126,7 @@ class Analysis:
             probe = Probe.of(samples.probe, wanted, recipe.seed)
         return Monitor(self.model, None, probe, self._loss, reference=samples.training, recipe=_plain(recipe))
 
-    def _known(self, first: Checkpoint, config: Mapping[str, Any]) -> None:
+    def _known(self, first: Checkpoint, config: Mapping[str, Any], samples: rebuild.Samples) -> None:
         """Tell the monitor what is known of the run: its length, batches and clipping."""
         trainer, monitor = config.get("trainer"), self.monitor
         trainer = trainer if isinstance(trainer, Mapping) else {}
@@ -136,6 +136,8 @@ class Analysis:
         monitor.total_steps = monitor.total_steps or first.total_steps
         if trainer.get("gradient_clip_val") and trainer.get("gradient_clip_algorithm") in (None, "norm"):
             monitor.clip = float(trainer["gradient_clip_val"])
+        if monitor.batch_size is None and isinstance(batch := getattr(samples.training, "batch_size", None), int):
+            monitor.batch_size = batch * int(trainer.get("accumulate_grad_batches") or 1)
         self._planned = monitor.total_steps
         if monitor.total_steps is None:
             monitor.total_steps = self.entries[-1].step
@@ -336,7 +338,7 @@ def _plain(recipe: Recipe) -> Recipe:
 
 def _loss(given: Any, manifest: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
     if given is not None:
-        return given, ()
+        return (from_name(given) or given if isinstance(given, str) else given), ()
     known = str(manifest.get("loss", ""))
     found = from_name(known) if known else None
     if found is not None:

@@ -372,14 +372,15 @@ def from_name(name: str) -> Loss | None:
     None where a name does not say all: class weights, or a callable.
     """
     found = re.fullmatch(
-        r"(mse|cross_entropy|bce_with_logits|huber|token_cross_entropy)\((mean|sum)((?:, \w+=[^,]+)*)\)", name
+        r"(mse|cross_entropy|bce_with_logits|huber|token_cross_entropy)\((mean|sum)((?:, (?:\w+=[^,]+|shifted))*)\)",
+        name,
     )
     if found is None:
         return None
     kind, reduction, rest = found.groups()
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(", ")):
-        key, value = part.split("=")
+        key, _, value = ("shift", "=", "True") if part == "shifted" else part.partition("=")
         options[key] = value == "True" if value in ("True", "False") else float(value)
     makers: dict[str, Callable[..., Loss]] = {
         "mse": mse,
@@ -387,5 +388,8 @@ def from_name(name: str) -> Loss | None:
         "bce_with_logits": bce_with_logits,
         "token_cross_entropy": token_cross_entropy,
     }
-    made = huber(**options) if kind == "huber" else makers[kind](reduction, **options)
+    try:
+        made = huber(**options) if kind == "huber" else makers[kind](reduction, **options)
+    except TypeError:  # an option of another loss
+        return None
     return made if made.name == name else None

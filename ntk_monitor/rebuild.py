@@ -299,10 +299,11 @@ def from_file(path: Path, *, trust: bool = False) -> Any:
         if path.suffix not in (".npz", ".npy"):
             content = loaded(path, trust=trust)
             return listed(_pair(content, path) if isinstance(content, Mapping) else content)
-        arrays = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.ndarray):
-            return listed(torch.from_numpy(arrays))
-        return listed(_pair({key: torch.from_numpy(arrays[key]) for key in arrays.files}, path, only=True))
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                return listed(arrays)
+            return listed(_pair({key: arrays[key] for key in arrays.files}, path, only=True))
     except (OSError, ValueError, TypeError, AssertionError, BadZipFile) as error:
         if isinstance(error, NTKMonitorError):
             raise

@@ -116,12 +116,13 @@ def differences(one: History, other: History) -> list[str]:
         for kind in ("metrics", "facts"):
             x, y = getattr(a, kind), getattr(b, kind)
             found += [f"{n} of step {a.step}: {x.get(n)} and {y.get(n)}" for n in x | y if x.get(n) != y.get(n)]
-        found += [
-            f"{name} of step {a.step}"
-            for name in ARRAYS
-            if not np.array_equal(getattr(a, name), getattr(b, name), equal_nan=True)
-        ]
+        found += [f"{name} of step {a.step}" for name in ARRAYS if bits(a)[name] != bits(b)[name]]
     return found
+
+
+def bits(snapshot: Snapshot) -> dict[str, bytes]:
+    """Return the arrays of a record as bytes."""
+    return {name: np.asarray(getattr(snapshot, name)).tobytes() for name in ARRAYS}
 
 
 def options(*words: str) -> dict[str, Any]:

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntk_monitor.errors import InputError
-from ntk_monitor.losses import Loss, Terms, bce_with_logits, candidates, cross_entropy, huber, mse, recognised
+from ntk_monitor.losses import (
+    Loss,
+    Terms,
+    bce_with_logits,
+    candidates,
+    cross_entropy,
+    from_name,
+    huber,
+    mse,
+    recognised,
+    token_cross_entropy,
+)
 
 N, C = 5, 3
 
@@ -211,3 +222,18 @@ def test_candidates_begin_with_what_the_module_holds() -> None:
     assert names[:2] == ["cross_entropy(mean, class weights)", "mse(mean)"]
     assert names.count("mse(mean)") == 1
     assert {"cross_entropy(mean)", "bce_with_logits(mean)", "mse(sum)", "huber(mean, delta=1)"} < set(names)
+
+
+NAMED = [mse(), mse("sum"), cross_entropy(label_smoothing=0.1), bce_with_logits(), token_cross_entropy(shift=True)]
+
+
+@pytest.mark.parametrize("loss", NAMED, ids=lambda loss: str(loss.name))
+def test_a_name_gives_its_loss_back(loss: Loss) -> None:
+    found = from_name(loss.name)
+    assert found is not None
+    assert (found.name, found.kind, found.options) == (loss.name, loss.kind, loss.options)
+
+
+@pytest.mark.parametrize("name", ["", "mse", "mse(mean, shifted)", "cross_entropy(mean, weight)", "MyLoss(mean)"])
+def test_a_name_that_does_not_say_all_gives_none(name: str) -> None:
+    assert from_name(name) is None

@@ -10,7 +10,7 @@ were measured before with the same options are not measured again.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ntk_monitor.analysis import Analysis, Request
-    from ntk_monitor.series import Lookout, Survey
+    from ntk_monitor.series import Entry, Lookout, Survey
 
 EXAMPLE = "ntk-monitor analyze lightning_logs/version_0 --model shop.Net --data shop.Data"
 
@@ -54,7 +54,12 @@ def add_source(parser: "ArgumentParser") -> None:
     parser.add_argument("--config", type=str, default=None, metavar="FILE", help="config.yaml of LightningCLI")
     parser.add_argument("--probe", type=int, default=None, metavar="N", help="samples; default: the run's own probe")
     parser.add_argument(
-        "--loss", type=str, default=None, metavar="NAME", help="mse, cross_entropy, bce_with_logits, huber"
+        "--loss",
+        type=str,
+        default=None,
+        metavar="NAME",
+        help="mse, cross_entropy, bce_with_logits, huber, token_cross_entropy, or as a record shows it with options: "
+        "'token_cross_entropy(mean, shifted)'",
     )
     parser.add_argument("--outputs", type=str, default="auto", help="auto, full, trace, sum or loss")
     parser.add_argument("--params", type=str, default=None, metavar="REGEX", help="parameters to measure")
@@ -140,22 +145,18 @@ def alone(options: dict[str, Any], rank: int = 0, world: int = 1, meet: "Callabl
     """Do the share of one process; the first of several publishes what all have found."""
     from rich.console import Console
 
-    from ntk_monitor.analysis import Analysis
-
-    console, request = Console(highlight=False, quiet=rank > 0), requested(options)
-    seconds, eyes, directory = options["watch"], lookout(options, request), _directory(options)
-    found = eyes.look() if seconds is None else _awaited(eyes, seconds)
-    if not found.entries:
-        raise InputError("; ".join(sentence for _, sentence in found.failures) or "no checkpoint can be read")
-    analysis = Analysis(found, request, directory)
+    console, request, seconds = Console(highlight=False, quiet=rank > 0), requested(options), options["watch"]
+    eyes = lookout(options, request)
+    analysis = prepared(request, eyes.look() if seconds is None else _awaited(eyes, seconds), _directory(options))
+    together = meet or (lambda: None)
     try:
-        _go(analysis, console, rank, world)
-        if meet is not None:
-            meet()
+        mine = share(analysis.pending(), rank, world)
+        together()  # nothing may be finished before all have seen what is pending
+        _go(analysis, mine, console, publish=world == 1)
+        together()
         if rank > 0:
             return 0
-        if world > 1:
-            _go(analysis, console, 0, 1)  # what another process could not measure
+        _go(analysis, analysis.pending(), console)  # what another process could not measure
         if seconds is not None:
             analysis = _watched(analysis, eyes, seconds, console)
     except KeyboardInterrupt:
@@ -164,7 +165,26 @@ def alone(options: dict[str, Any], rank: int = 0, world: int = 1, meet: "Callabl
         raise
     if analysis.publish() is None:
         raise InputError("; ".join(sentence for _, sentence in analysis.outcome.failures) or "nothing was measured")
-    return _said(analysis, directory, options, console)
+    return _said(analysis, _directory(options), options, console)
+
+
+def prepared(request: "Request", found: "Survey", directory: Path) -> "Analysis":
+    """Return the analysis of what was found.
+
+    Raises:
+        InputError: nothing was found, or model or data cannot be built.
+    """
+    from ntk_monitor.analysis import Analysis
+
+    if not found.entries:
+        raise InputError("; ".join(sentence for _, sentence in found.failures) or "no checkpoint can be read")
+    return Analysis(found, request, directory)
+
+
+def share(pending: "Sequence[Entry]", rank: int, world: int) -> "Sequence[Entry]":
+    """Return the part of one process of several: neighbours, since a record needs what the one before hands on."""
+    size = -(-len(pending) // world)
+    return pending[rank * size : (rank + 1) * size]
 
 
 def _awaited(eyes: "Lookout", seconds: float) -> "Survey":
@@ -186,22 +206,18 @@ def _watched(analysis: "Analysis", eyes: "Lookout", seconds: float, console: "Co
         found = eyes.look(growing=True)
         if found.entries != analysis.found:
             analysis = analysis.extended(found)
-            _go(analysis, console, 0, 1)
+            _go(analysis, analysis.pending(), console)
             deadline = time.monotonic() + seconds
     return analysis
 
 
-def _go(analysis: "Analysis", console: "Console", rank: int, world: int) -> None:
+def _go(analysis: "Analysis", wanted: "Sequence[Entry]", console: "Console", *, publish: bool = True) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    pending = analysis.pending()
-    # Neighbours stay together: a record needs what the one before hands on.
-    share = -(-len(pending) // world)
-    mine = pending[rank * share : (rank + 1) * share]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("measuring checkpoints", total=len(mine))
-        analysis.run(mine, lambda _: progress.advance(task), publish=world == 1)
+        task = progress.add_task("measuring checkpoints", total=len(wanted))
+        analysis.run(wanted, lambda _: progress.advance(task), publish=publish)
 
 
 def _said(analysis: "Analysis", directory: Path, options: dict[str, Any], console: "Console") -> int:
