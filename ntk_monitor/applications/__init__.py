@@ -13,6 +13,7 @@ from ntk_monitor.applications.report import Table as Table
 from ntk_monitor.applications.report import Verdict as Verdict
 
 APPLICATIONS: tuple[str, ...] = (
+    "kernel_regression",
     "initialization",
     "geometry",
     "task_overlap",
