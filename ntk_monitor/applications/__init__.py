@@ -15,6 +15,7 @@ from ntk_monitor.applications.report import Verdict as Verdict
 APPLICATIONS: tuple[str, ...] = (
     "kernel_regression",
     "initialization",
+    "activations",
     "geometry",
     "task_overlap",
 )
