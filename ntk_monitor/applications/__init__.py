@@ -18,6 +18,7 @@ APPLICATIONS: tuple[str, ...] = (
     "activations",
     "geometry",
     "task_overlap",
+    "saliency",
 )
 """Names of the modules that exist, in the order of the chapter they come from."""
 
