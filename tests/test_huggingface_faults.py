@@ -54,7 +54,10 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+QUICK = {"the draw", "the loss", "the measurement", "writing"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAULTS])
 def test_a_fault_changes_nothing(
     name: str, plain: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,8 +73,8 @@ def test_interrupts_and_errors_of_the_user_pass(tmp_path: Path, monkeypatch: pyt
                 raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        outcome(small, tmp_path / "a", [monitor(every_n_steps=1), Stopped()])
-    assert ntk.load_history(tmp_path / "a" / "ntk").steps.tolist() == [0, 1, 2]
+        outcome(small, tmp_path / "a", [monitor(every_n_steps=2), Stopped()])
+    assert ntk.load_history(tmp_path / "a" / "ntk").steps.tolist() == [0, 2]
 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -90,11 +93,11 @@ class OwnLoss(transformers.Trainer):
 
 
 def test_a_loss_that_the_model_does_not_compute_is_not_believed(tmp_path: Path) -> None:
-    callback = monitor(outputs="loss")
+    callback = monitor(outputs="loss", every_n_steps=100)
     with pytest.warns(NTKWarning, match="not verified: OwnLoss computes the loss itself; pass loss="):
         outcome(small, tmp_path / "a", [callback], kind=OwnLoss)
     assert callback.monitor is None  # no loss, no kernel of losses
-    trusting = monitor(loss="model")
+    trusting = monitor(loss="model", every_n_steps=100)
     outcome(small, tmp_path / "b", [trusting], kind=OwnLoss)
     assert trusting.last is not None
     assert (trusting.last.loss, trusting.last.kernel) == ("token_cross_entropy(mean, shifted)", "loss")
@@ -112,6 +115,7 @@ def test_other_ways_to_a_loss_of_ones_own() -> None:
     assert "could not be asked" in huggingface_run.own_loss(None)
 
 
+@pytest.mark.slow
 def test_positions_are_measured_without_a_loss(plain: dict[str, str], tmp_path: Path) -> None:
     callback = monitor(positions="last", probe=5)
     with pytest.warns(NTKWarning, match="nothing is trained at chosen positions alone"):
@@ -141,6 +145,7 @@ def test_options_out_of_range_are_refused_at_the_door(options: dict[str, Any]) -
         NTKMonitorCallback(**options)
 
 
+@pytest.mark.slow
 def test_other_integrations_get_the_scalars(plain: dict[str, str], tmp_path: Path) -> None:
     heard: list[dict[str, float]] = []
 
@@ -165,6 +170,7 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         return (data[i] for i in range(24))
 
 
+@pytest.mark.slow
 def test_streams_are_read_from_a_copy(tmp_path: Path) -> None:
     callback = monitor()
     seen = outcome(small, tmp_path / "a", [callback], Stream())
@@ -173,6 +179,7 @@ def test_streams_are_read_from_a_copy(tmp_path: Path) -> None:
     assert (callback.last.samples, callback.last.status) == (4, "measured")
 
 
+@pytest.mark.slow
 def test_a_probe_of_ones_own_and_the_best_weights_at_the_end(tmp_path: Path) -> None:
     items = padded([Sentences()[i] for i in range(3)])
     labels = items.pop("labels")
