@@ -311,8 +311,11 @@ class Analysis:
         monitor.learning_rates = LearningRates()
         if rates := tuple(rates_of(made)):
             monitor.learning_rates.record(entry.step, rates)
-        return (*whole.notes, *notes, *more)
+        constant = (_CONSTANT,) if made and whole.schedulers else ()
+        return (*whole.notes, *notes, *more, *constant)
 
+
+_CONSTANT = "forecasts keep the learning rate of their checkpoint, as its schedule cannot be followed without the run"
 
 # What a monitor hands on of its first probe.
 _FIRST = ("first", "first_values")

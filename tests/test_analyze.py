@@ -20,6 +20,7 @@ from tests.analyses import DATA, MODEL
 from tests.launch import ROOT
 
 NETWORK = ["--model", "tests.analyses:network", "--data", DATA, "--loss", "cross_entropy", "--probe", "8"]
+NETWORK += ["--reference", "0"]
 
 
 def analyzed(*words: Any, model: list[str] = NETWORK) -> int:

@@ -49,7 +49,8 @@ def test_a_run_of_lightning_cli_needs_its_directory_only(
     cli = LightningCLI(save_config_kwargs={"overwrite": True})
     run = tmp_path / "lightning_logs" / "version_0"
     assert (run / "config.yaml").is_file()
-    assert main(["analyze", str(run), "--loss", "cross_entropy", "--probe", "8", "--no-report"]) == 0
+    words = ["--loss", "cross_entropy", "--probe", "8", "--reference", "0", "--no-report"]
+    assert main(["analyze", str(run), *words]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "version_0/config.yaml says" in said
     assert "last.ckpt holds the same weights" in said
@@ -66,6 +67,7 @@ def test_a_run_of_lightning_cli_needs_its_directory_only(
     np.testing.assert_allclose(found[-1].eigenvalues, np.linalg.eigvalsh(wanted)[::-1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_a_second_call_measures_nothing(
     run: Path, finished: Callable[[], list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        assert analyzed(run, tmp_path / "out") == 0
+        assert analyzed(run, tmp_path / "out", "--reference", "0") == 0
     assert finished() == list(range(COUNT))
     assert f"0 checkpoints measured, {COUNT} were measured before" in capsys.readouterr().out
     (state,) = (tmp_path / "out" / FOLDER).glob("*.state")
@@ -159,10 +160,10 @@ def test_a_second_call_measures_nothing(
     (events,) = (tmp_path / "out").glob("*tfevents*")
     before = events.read_bytes()
     # Other options are other records.
-    assert analyzed(run, tmp_path / "out", "--outputs", "trace") == 0
+    assert analyzed(run, tmp_path / "out", "--reference", "0", "--outputs", "trace") == 0
     assert finished() == 2 * list(range(COUNT))
     assert {s.kernel for s in ntk.load_history(tmp_path / "out")} == {"trace"}
-    assert analyzed(run, tmp_path / "out") == 0
+    assert analyzed(run, tmp_path / "out", "--reference", "0") == 0
     assert events.read_bytes() == before
     assert len(finished()) == 2 * COUNT
 
@@ -189,13 +190,13 @@ def test_ctrl_c_keeps_what_is_finished(
 def test_a_checkpoint_in_between_changes_only_what_follows_it(
     finished: Callable[[], list[int]], tmp_path: Path
 ) -> None:
-    paths = analyses.series(tmp_path / "run", 7)
-    late = paths[4].rename(tmp_path / "late")
+    paths = analyses.series(tmp_path / "run", 6)
+    late = paths[3].rename(tmp_path / "late")
     assert analyzed(tmp_path / "run", tmp_path / "out", "--reference", "0") == 0
-    assert finished() == [0, 1, 2, 3, 5, 6]
-    late.rename(paths[4])
+    assert finished() == [0, 1, 2, 4, 5]
+    late.rename(paths[3])
     assert analyzed(tmp_path / "run", tmp_path / "out", "--reference", "0") == 0
-    assert finished()[6:] == [4, 5]
+    assert finished()[5:] == [3, 4]
     assert analyzed(tmp_path / "run", tmp_path / "new", "--reference", "0") == 0
     assert differences(ntk.load_history(tmp_path / "out"), ntk.load_history(tmp_path / "new")) == []
 
@@ -228,6 +229,7 @@ def test_two_processes_give_the_same_bits(
     assert differences(ntk.load_history(tmp_path / "out"), whole) == []
 
 
+@pytest.mark.slow
 def test_what_fails_leaves_the_series_and_is_tried_again(
     run: Path, whole: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,7 +308,7 @@ def test_two_real_processes_give_the_same_bits(start: str, run: Path, whole: His
     known = {name: known[name] for name in known if not name.startswith("MASTER_")}
     done = subprocess.run(command, env=known, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{COUNT} checkpoints measured" in done.stdout or "3 checkpoints measured" in done.stdout
+    assert f"{COUNT} checkpoints measured" in done.stdout
     assert differences(ntk.load_history(tmp_path / "out"), whole) == []
 
 
@@ -317,7 +319,7 @@ def test_twenty_checkpoints_killed_in_the_middle(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-m", "ntk_monitor.cli", *words], env=environment(), cwd=tmp_path)
     folder = tmp_path / "out" / FOLDER
     while process.poll() is None and len(list(folder.glob("*.event"))) < 7:
-        pass
+        time.sleep(0.01)
     process.kill()
     process.wait()
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.event")}

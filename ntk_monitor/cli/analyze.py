@@ -149,6 +149,7 @@ def alone(options: dict[str, Any], rank: int = 0, world: int = 1, meet: "Callabl
     eyes = lookout(options, request)
     analysis = prepared(request, eyes.look() if seconds is None else _awaited(eyes, seconds), _directory(options))
     together = meet or (lambda: None)
+    before = len(analysis.entries) - len(analysis.pending())
     try:
         mine = share(analysis.pending(), rank, world)
         together()  # nothing may be finished before all have seen what is pending
@@ -165,7 +166,7 @@ def alone(options: dict[str, Any], rank: int = 0, world: int = 1, meet: "Callabl
         raise
     if analysis.publish() is None:
         raise InputError("; ".join(sentence for _, sentence in analysis.outcome.failures) or "nothing was measured")
-    return _said(analysis, _directory(options), options, console)
+    return _said(analysis, before, options, console)
 
 
 def prepared(request: "Request", found: "Survey", directory: Path) -> "Analysis":
@@ -220,12 +221,13 @@ def _go(analysis: "Analysis", wanted: "Sequence[Entry]", console: "Console", *, 
         analysis.run(wanted, lambda _: progress.advance(task), publish=publish)
 
 
-def _said(analysis: "Analysis", directory: Path, options: dict[str, Any], console: "Console") -> int:
+def _said(analysis: "Analysis", before: int, options: dict[str, Any], console: "Console") -> int:
     from ntk_monitor.cli.words import print_summary
     from ntk_monitor.health import findings
     from ntk_monitor.history import load_history
 
-    history, outcome = load_history(directory, prefix=options["prefix"]), analysis.outcome
+    directory, outcome = _directory(options), analysis.outcome
+    history = load_history(directory, prefix=options["prefix"])
     skipped = [f"step {snapshot.step}: {snapshot.reason}" for snapshot in history if snapshot.status == "skipped"]
     if not history.measured:
         raise InputError(f"no checkpoint can be measured: {skipped[0]}")
@@ -235,8 +237,7 @@ def _said(analysis: "Analysis", directory: Path, options: dict[str, Any], consol
     missing = [f"{path.name}: {sentence}" for path, sentence in outcome.failures] + skipped
     for line in missing:
         console.print(f"not measured: {line}", markup=False, soft_wrap=True)
-    ours = len(outcome.computed)
-    console.print(f"{ours} checkpoints measured, {len(analysis.entries) - ours} were measured before")
+    console.print(f"{len(analysis.entries) - before} checkpoints measured, {before} were measured before")
     if not options["no_report"]:
         from ntk_monitor.report import write
 
