@@ -4,13 +4,15 @@ Every record depends on its checkpoint, the one before and the first, and on not
 which process, before or after an interruption. So finished records are kept, and several processes can share the work.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ntk_monitor import rebuild, weights
@@ -22,6 +24,7 @@ from ntk_monitor.handover import load, save
 from ntk_monitor.kernel import MEMORY_LIMIT
 from ntk_monitor.look import Place
 from ntk_monitor.losses import from_name
+from ntk_monitor.memory import free
 from ntk_monitor.monitor import Monitor
 from ntk_monitor.network import Network
 from ntk_monitor.outlook import EARLY
@@ -89,6 +92,7 @@ class Analysis:
         samples, where = rebuild.data(request.data, paths, config, drawn=request.probe is not None, trust=request.trust)
         self.outcome.notes += [*notes, *more, *words, *where]
         self.monitor = self._monitor(samples)
+        self._refuse()
         self._known(first, config, samples)
         self._built = _plainly([request.model.name, request.model.words, config.get("model"), first.hyper_parameters])
         self._blank = self.monitor.handed()
@@ -209,13 +213,32 @@ class Analysis:
         """Write the event file from the finished records; None: there is none."""
         return self.ledger.publish(self.names)
 
+    def _refuse(self) -> None:
+        """Raise where the kernel cannot fit, with the options that would."""
+        recipe, samples = self.request.recipe, self.monitor.probe.samples
+        outputs = _outputs(self.model, self.monitor.probe, recipe)
+        rows = samples * (outputs if self._layout(outputs) == "full" else 1)
+        room, needed = free(torch.device("cpu")), _COPIES * 8 * rows**2
+        if room is None or needed <= room:
+            return
+        fewer = int(math.sqrt(room / (8 * _COPIES)) * samples / rows)
+        least = [f"--probe {fewer}"] if fewer else []
+        known = self.monitor.loss is not None and self.monitor.probe.targets is not None
+        least += [f"--outputs {'loss' if known else 'trace'}"] if rows > samples else []
+        raise InputError(
+            f"a kernel of {rows:,} x {rows:,} and what is made of it take {_gib(needed)}, {_gib(room)} are free; "
+            f"{' or '.join(least) or 'a machine with more memory'} would fit"
+        )
+
+    def _layout(self, outputs: int) -> Literal["full", "trace", "sum", "loss"]:
+        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return self.request.recipe.layout(self.monitor.probe.samples, outputs, parameters)
+
     def plan(self) -> Plan:
         """Return what the kernel of one probe costs, by route."""
         monitor, recipe = self.monitor, self.request.recipe
-        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        outputs = _outputs(self.model, monitor.probe, recipe)
         options = {"params": recipe.params, "forward": recipe.forward, "memory_limit": recipe.memory_limit}
-        layout = recipe.layout(monitor.probe.samples, outputs, parameters)
+        layout = self._layout(_outputs(self.model, monitor.probe, recipe))
         if layout == "loss":
             options |= {"targets": monitor.probe.targets, "loss": monitor.loss}
         return plan(self.model, monitor.probe.inputs, outputs=layout, **options)
@@ -319,6 +342,14 @@ _CONSTANT = "forecasts keep the learning rate of their checkpoint, as its schedu
 
 # What a monitor hands on of its first probe.
 _FIRST = ("first", "first_values")
+
+
+# A kernel in float64, its eigenvectors, the kernel of the probe before, and what eigensolvers work in.
+_COPIES = 4
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**27 else f"{count:,} bytes"
 
 
 def _plainly(value: Any) -> Any:

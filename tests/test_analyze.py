@@ -222,6 +222,20 @@ def test_plan_says_bytes_and_seconds_and_measures_nothing(tmp_path: Path, capsys
     assert not (tmp_path / "ntk_analysis").exists()
 
 
+def test_what_cannot_fit_is_refused_with_what_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analyses.series(tmp_path, 1)
+    monkeypatch.setattr("ntk_monitor.analysis.free", lambda _: 6_000)
+    for command in ("plan", "analyze"):
+        assert main([command, str(tmp_path), *NETWORK]) == 2
+        said = capsys.readouterr().err
+        assert "a kernel of 24 x 24" in said
+        assert "take 18,432 bytes, 6,000 bytes are free; --probe 4 or --outputs loss would fit" in said
+    assert main(["plan", str(tmp_path), *NETWORK, "--outputs", "loss"]) == 0
+    assert main(["plan", str(tmp_path), *NETWORK, "--probe", "4"]) == 0
+
+
 MISSING: dict[str, tuple[list[str], str]] = {
     "model": (["--data", DATA], "nothing says which class"),
     "data": (["--model", "tests.analyses:network"], "nothing says which data"),
