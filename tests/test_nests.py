@@ -199,7 +199,7 @@ def test_any_nest(value: Any) -> None:
         (torch.ones(2, device="meta"), r"got x of layout torch\.strided on meta"),
         (np.array([{}], dtype=object), r"must hold numbers or text, got x of dtype object"),
     ],
-    ids=str,
+    ids=["object", "member of an enumeration", "function", "set", "sparse", "meta", "array of objects"],
 )
 def test_what_has_no_exact_form_is_refused_by_name(value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
