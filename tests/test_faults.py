@@ -21,6 +21,11 @@ from tests.modules import Classifier, digits, loader, mlp
 from tests.training import outcome, seeded, trainer
 
 
+def monitor(**options: Any) -> NTKMonitor:
+    """Without what takes most of the time and has tests of its own."""
+    return NTKMonitor(**{"reference": 0, "gram_every": 0, **options})
+
+
 def run(root: Path, callbacks: list[Any], net: nn.Module | None = None, **options: Any) -> dict[str, str]:
     seeded()
     module = Classifier(net or mlp())
@@ -41,7 +46,7 @@ def test_reference_samples_that_cannot_be_drawn_cost_the_forecasts(
         raise RuntimeError("boom")
 
     monkeypatch.setattr("ntk_monitor.callbacks.monitor.reference_samples", fail)
-    callback = NTKMonitor(probe=6, every_n_steps=6, loss="cross_entropy")
+    callback = monitor(probe=6, every_n_steps=6, loss="cross_entropy", reference=16)
     with pytest.warns(NTKWarning, match="there will be no forecasts, as .*RuntimeError: boom"):
         run(tmp_path, [callback])
     assert callback.last is not None
@@ -56,7 +61,7 @@ def test_warnings_as_errors_do_not_turn_our_sentence_into_an_exception(
         raise RuntimeError("boom")
 
     monkeypatch.setattr("ntk_monitor.monitor.measured", fail)
-    assert run(tmp_path, [NTKMonitor(probe=6, every_n_steps=3)]) == undisturbed  # pytest runs under -W error
+    assert run(tmp_path, [monitor(probe=6, every_n_steps=3)]) == undisturbed  # pytest runs under -W error
     assert "boom" in capsys.readouterr().err
 
 
@@ -68,7 +73,7 @@ def test_failed_probes_are_recorded_and_the_monitor_rests_after_three(
 
     monkeypatch.setattr("ntk_monitor.monitor.measured", fail)
     with pytest.warns(NTKWarning, match=r"rests|skipped") as said:
-        run(tmp_path, [NTKMonitor(probe=6, every_n_steps=1)], logger=TensorBoardLogger(tmp_path))
+        run(tmp_path, [monitor(probe=6, every_n_steps=1)], logger=TensorBoardLogger(tmp_path))
     skips = ntk.load_history(tmp_path / "lightning_logs" / "version_0").snapshots
     assert [(s.step, s.status) for s in skips] == [(0, "skipped"), (1, "skipped"), (2, "skipped")]
     assert all("boom" in s.reason for s in skips)
@@ -87,7 +92,7 @@ def test_one_failure_does_not_end_the_history(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("ntk_monitor.monitor.measured", sometimes)
     with pytest.warns(NTKWarning, match="probe at step 4 skipped: RuntimeError: boom"):
-        run(tmp_path, [NTKMonitor(probe=6, every_n_steps=4)], logger=TensorBoardLogger(tmp_path))
+        run(tmp_path, [monitor(probe=6, every_n_steps=4)], logger=TensorBoardLogger(tmp_path))
     found = ntk.load_history(tmp_path / "lightning_logs" / "version_0").snapshots
     assert [s.status for s in found] == ["measured", "skipped", "measured", "measured"]
 
@@ -109,7 +114,7 @@ class Diverges(nn.Module):
 
 def test_nan_weights_are_a_skip_with_the_reason(tmp_path: Path) -> None:
     with pytest.warns(NTKWarning, match="NaN or infinite"):
-        run(tmp_path, [NTKMonitor(probe=6, every_n_steps=3)], Diverges(), logger=TensorBoardLogger(tmp_path))
+        run(tmp_path, [monitor(probe=6, every_n_steps=3)], Diverges(), logger=TensorBoardLogger(tmp_path))
     found = ntk.load_history(tmp_path / "lightning_logs" / "version_0").snapshots
     assert [(s.step, s.status) for s in found] == [
         (0, "measured"),
@@ -135,7 +140,7 @@ def test_the_users_own_error_passes_and_history_is_kept(tmp_path: Path) -> None:
     seeded()
     fitted = trainer(
         tmp_path,
-        [NTKMonitor(probe=6, every_n_steps=2)],
+        [monitor(probe=6, every_n_steps=2)],
         max_steps=12,
         max_epochs=-1,
         logger=TensorBoardLogger(tmp_path),
@@ -160,7 +165,7 @@ def test_ctrl_c_in_the_middle_of_a_probe_is_ctrl_c(tmp_path: Path, monkeypatch: 
     module = Classifier(mlp())
     fitted = trainer(
         tmp_path,
-        [NTKMonitor(probe=6, every_n_steps=2)],
+        [monitor(probe=6, every_n_steps=2)],
         max_steps=12,
         max_epochs=-1,
         logger=TensorBoardLogger(tmp_path),
@@ -186,7 +191,7 @@ def test_ctrl_c_while_a_measured_probe_is_looked_at_keeps_what_was_measured(
 
     monkeypatch.setattr(Watch, "look", interrupted)
     seeded()
-    callback = NTKMonitor(probe=6, every_n_steps=2, loss="cross_entropy")
+    callback = monitor(probe=6, every_n_steps=2, loss="cross_entropy")
     logger = TensorBoardLogger(tmp_path)
     fitted = trainer(tmp_path, [callback], max_steps=12, max_epochs=-1, logger=logger)
     with pytest.raises(SystemExit):
@@ -210,7 +215,7 @@ def test_a_first_probe_that_fails_does_not_cost_the_loss(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("ntk_monitor.monitor.measured", sometimes)
     with pytest.warns(NTKWarning, match="probe at step 0 skipped"):
-        run(tmp_path, [NTKMonitor(probe=6, every_n_steps=6)], logger=TensorBoardLogger(tmp_path))
+        run(tmp_path, [monitor(probe=6, every_n_steps=6)], logger=TensorBoardLogger(tmp_path))
     found = ntk.load_history(tmp_path)
     assert [(s.step, s.status) for s in found] == [(0, "skipped"), (6, "measured"), (12, "measured")]
     assert found[-1].loss_status == "matched"
@@ -223,7 +228,7 @@ def test_probes_that_cannot_be_finished_put_the_monitor_to_rest_too(
         raise RuntimeError("boom")
 
     monkeypatch.setattr("ntk_monitor.monitor.Modes.of", fail)
-    callback = NTKMonitor(probe=6, every_n_steps=1, loss="cross_entropy")
+    callback = monitor(probe=6, every_n_steps=1, loss="cross_entropy")
     with pytest.warns(NTKWarning, match=r"rests|skipped") as said:
         run(tmp_path, [callback], logger=TensorBoardLogger(tmp_path))
     assert [s.step for s in ntk.load_history(tmp_path)] == [0, 1, 2]
@@ -250,7 +255,7 @@ def test_what_a_failed_probe_held_is_free_at_once(stage: str, tmp_path: Path, mo
     monkeypatch.setattr(f"ntk_monitor.{stage}", fail)
     gc.disable()
     try:
-        run(tmp_path, [NTKMonitor(probe=6, every_n_steps=1, loss="cross_entropy"), Counts()])
+        run(tmp_path, [monitor(probe=6, every_n_steps=1, loss="cross_entropy"), Counts()])
     finally:
         gc.enable()
     assert held
@@ -270,7 +275,7 @@ def test_a_logger_that_raises_loses_only_its_own_copy(
     monkeypatch.setattr(CSVLogger, "log_metrics", fail)
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path)]
     with pytest.warns(NTKWarning) as said:
-        assert run(tmp_path, [NTKMonitor(probe=6, every_n_steps=4)], logger=loggers) == undisturbed
+        assert run(tmp_path, [monitor(probe=6, every_n_steps=4)], logger=loggers) == undisturbed
     spoken = [str(warning.message) for warning in said if isinstance(warning.message, NTKWarning)]
     assert "could not be written to CSVLogger: OSError: no space left" in spoken[0]
     assert list(ntk.load_history(tmp_path / "lightning_logs" / "version_0").steps) == [0, 4, 8, 12]
@@ -286,7 +291,7 @@ def test_a_probe_that_changes_the_run_is_the_last(tmp_path: Path, monkeypatch: p
         return real(model, *arguments, **options)
 
     monkeypatch.setattr("ntk_monitor.monitor.measured", careless)
-    callback = NTKMonitor(probe=6, every_n_steps=2)
+    callback = monitor(probe=6, every_n_steps=2)
     with pytest.warns(NTKWarning, match=r"would change this run.*net\.1\.weight"):
         run(tmp_path, [callback])
     assert callback.monitor is None
@@ -303,7 +308,7 @@ def test_a_probe_that_changes_the_run_is_the_last(tmp_path: Path, monkeypatch: p
 )
 def test_outputs_that_cannot_be_measured_are_named(forward: Any, words: str, tmp_path: Path) -> None:
     with pytest.warns(NTKWarning, match=words):
-        run(tmp_path, [NTKMonitor(probe=6, every_n_steps=6, forward=forward)])
+        run(tmp_path, [monitor(probe=6, every_n_steps=6, forward=forward)])
 
 
 def test_a_probe_on_another_device_is_moved_or_refused(tmp_path: Path, undisturbed: dict[str, str]) -> None:
@@ -314,4 +319,4 @@ def test_a_probe_on_another_device_is_moved_or_refused(tmp_path: Path, undisturb
 
 def test_nothing_trainable_is_one_sentence(tmp_path: Path) -> None:
     with pytest.warns(NTKWarning, match="no trainable parameter"):
-        run(tmp_path, [NTKMonitor(probe=6, params="no such layer")])
+        run(tmp_path, [monitor(probe=6, params="no such layer")])

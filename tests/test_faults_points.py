@@ -20,7 +20,7 @@ from tests.training import outcome, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("default::ntk_monitor.say.NTKWarning")
 
-_STEPS = 6
+_STEPS = 4
 
 
 class States(L.Callback):
