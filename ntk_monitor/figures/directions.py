@@ -22,14 +22,14 @@ def named_residuals(snapshots: Sequence[Snapshot]) -> Figure:
         if s.direction_eta.size == len(s.directions):
             for name, steps in zip(s.directions, s.direction_eta.tolist(), strict=True):
                 if not np.isnan(steps):
-                    eta[name] = f"{steps:.0f} steps from {s.step}" if np.isfinite(steps) else f"not from {s.step}"
+                    eta[name] = f"{steps:.0f} steps" if np.isfinite(steps) else "beyond"
     names = list(dict.fromkeys(name for s in drawn for name in s.directions))[:_SHOWN]
     data = []
     for k, name in enumerate(names):
         found = [
             (s.step, float(abs(s.direction_residual[s.directions.index(name)]))) for s in drawn if name in s.directions
         ]
-        label = f"{name} ({eta[name]})" if name in eta else name
+        label = f"{name}, {eta[name]}" if name in eta else name
         look = {"color": MODE_COLOURS[k % len(MODE_COLOURS)], "dash": "solid" if k < len(MODE_COLOURS) else "dot"}
         values = numbers([value for _, value in found], positive=True)
         hover = "step %{x}: %{y:.3g}<extra>%{fullData.name}</extra>"
@@ -37,7 +37,7 @@ def named_residuals(snapshots: Sequence[Snapshot]) -> Figure:
     layout = layout_of(
         title,
         "Residual of the probe along each direction, in the loss's own geometry (Pearson residual for cross-entropy). "
-        "In brackets: simulated steps until its energy is a tenth.",
+        "After the comma: steps, as last simulated, until its energy is a tenth; beyond: not before the run ends.",
         xaxis={"title": {"text": STEPS}},
         yaxis=log_axis(f"|residual| ({ARRAYS['direction_residual'].unit})", dtick=None),
         showlegend=True,
