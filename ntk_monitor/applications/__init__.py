@@ -14,6 +14,8 @@ from ntk_monitor.applications.report import Verdict as Verdict
 
 APPLICATIONS: tuple[str, ...] = (
     "kernel_regression",
+    "early_stopping",
+    "learning_speed",
     "initialization",
     "activations",
     "geometry",
