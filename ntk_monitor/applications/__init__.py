@@ -18,9 +18,11 @@ APPLICATIONS: tuple[str, ...] = (
     "learning_speed",
     "initialization",
     "activations",
+    "dropout",
     "geometry",
     "task_overlap",
     "saliency",
+    "neural_ode",
 )
 """Names of the modules that exist, in the order of the chapter they come from."""
 

@@ -146,7 +146,9 @@ def _groups(classes: Array | None, count: int) -> list[tuple[str, NDArray[np.int
 
 
 def _plane(points: Array) -> tuple[Array, Array]:
-    return points[:, 0], points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
+    # A kernel of one direction, or of none, has fewer columns than a plane.
+    both = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))
+    return both[:, 0], both[:, 1]
 
 
 def _embedding(points: Array, explained: Array, classes: Array | None) -> Figure:
@@ -162,7 +164,7 @@ def _embedding(points: Array, explained: Array, classes: Array | None) -> Figure
         "The samples as the kernel sees them",
         "Kernel PCA. Samples that lie together have like gradients: learning one moves the other. Distances in the "
         "picture are at most those of the kernel.",
-        xaxis={"title": {"text": f"component 1 ({share[0]:.0f} % of the variance)"}},
+        xaxis={"tickformat": "~g", "title": {"text": f"component 1 ({share[0]:.0f} % of the variance)"}},
         yaxis={"title": {"text": f"component 2 ({share[1]:.0f} % of the variance)"}, "scaleanchor": "x"},
         showlegend=len(data) > 1,
     )
@@ -184,7 +186,7 @@ def _shepard(distances: tuple[Array, Array], pearson: float) -> Figure:
         "Distances in the kernel against distances between inputs",
         f"One dot per pair of samples (Shepard diagram), Pearson {pearson:.3f}. On a line: the network keeps the "
         "geometry of its inputs. A cloud: it has made its own.",
-        xaxis={"title": {"text": "distance between inputs (units of x)"}},
+        xaxis={"tickformat": "~g", "title": {"text": "distance between inputs (units of x)"}},
         yaxis={"title": {"text": "distance in the kernel (√ of units of K)"}},
     )
     return {"data": data, "layout": layout}
@@ -204,7 +206,7 @@ def _trajectory(paths: Mapping[str, Array], classes: Array | None) -> Figure:
         f"The samples over training, {next(iter(paths))} to {list(paths)[-1]}",
         "Kernel PCA of each checkpoint, turned to the one before (Procrustes) and divided by the kernel's size; a dot "
         "is where a sample ends. Long paths: the network builds its own geometry.",
-        xaxis={"title": {"text": "component 1 (relative)"}},
+        xaxis={"tickformat": "~g", "title": {"text": "component 1 (relative)"}},
         yaxis={"title": {"text": "component 2 (relative)"}, "scaleanchor": "x"},
         showlegend=len(data) > 2,
     )

@@ -318,7 +318,7 @@ def _scatter(sensitivity: Array, theta: Array, norms: Array, found: str) -> Figu
         "Sensitivity to the input against the kernel",
         f"One dot per sample; {found}. A rising line would mean that Θ(x, x) tells where the output is sensitive; "
         "colours: whether the size of the input is behind it.",
-        xaxis={"title": {"text": "Θ(x, x), sum over outputs (units of K)"}},
+        xaxis={"tickformat": "~g", "title": {"text": "Θ(x, x), sum over outputs (units of K)"}},
         yaxis={"title": {"text": "size of ∂f/∂x (output / input units)"}},
         showlegend=True,
     )

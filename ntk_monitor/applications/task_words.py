@@ -144,7 +144,7 @@ def _scatter(names: list[str], after: Forgetting, seen: Tasks) -> Figure:
         f"Outputs after training on {names[after.task]} alone",
         "Change of each output, predicted by the frozen kernel and found in a copy of the network that took the steps. "
         "On the dashed line the kernel is right.",
-        xaxis={"title": {"text": "predicted change (units of the output)"}},
+        xaxis={"tickformat": "~g", "title": {"text": "predicted change (units of the output)"}},
         yaxis={"title": {"text": "actual change (units of the output)"}},
         showlegend=True,
     )

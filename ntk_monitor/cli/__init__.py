@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PROGRAM = "ntk-monitor"
-COMMANDS = ("demo", "analyze", "plan", "report", "compare", "export")
+COMMANDS = ("demo", "analyze", "plan", "report", "compare", "export", "app")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -147,6 +147,9 @@ def test_constant_distances_have_no_correlation() -> None:
     assert np.isnan(found.p_value)
     report = app.study(_net(), torch.randn(5, 4).double(), kernel=np.eye(5))
     assert report.verdicts[0].holds is None
+    nothing = app.study(_net(), torch.randn(5, 4).double(), kernel=np.ones((5, 5)))
+    assert nothing.verdicts[0].holds is None
+    assert nothing.number("explained variance") == 0
 
 
 class _Angle(nn.Module):

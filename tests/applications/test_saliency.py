@@ -19,9 +19,9 @@ def _net(act: nn.Module | None = None, inputs: int = 4, width: int = 8, outputs:
 def _theta(model: nn.Module, x: Tensor, z: Tensor, c: int, d: int) -> Tensor:
     """Θ_cd(x, z) of two single samples, differentiable in x."""
     p = list(model.parameters())
-    one = torch.autograd.grad(model(x[None])[0, c], p, create_graph=True, allow_unused=True)
-    other = torch.autograd.grad(model(z[None])[0, d], p, allow_unused=True)
-    terms = [(a * b).sum() for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    one = torch.autograd.grad(model(x[None])[0, c], p, create_graph=True, materialize_grads=True, allow_unused=True)
+    other = torch.autograd.grad(model(z[None])[0, d], p, materialize_grads=True, allow_unused=True)
+    terms = [(a * b).sum() for a, b in zip(one, other, strict=True)]
     return torch.stack(terms).sum()
 
 
