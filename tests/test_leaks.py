@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntk_monitor as ntk
+from ntk_monitor.callbacks import NTKMonitor
 from ntk_monitor.figures import gram
 from ntk_monitor.network import Network
 from ntk_monitor.render import png
-from tests.benchmarks.leak import watched
+from tests.benchmarks.leak import Watch, watched
 from tests.modules import Attention, Recurrent, cnn, digits, mlp
 from tests.snapshots import training
 
@@ -79,9 +80,24 @@ def test_the_collector_would_find_a_circle() -> None:
     assert any(isinstance(item, nn.Linear) for item in _garbage(work))
 
 
+@pytest.mark.parametrize(
+    ("memory", "files", "flat"),
+    [
+        ([100.0] * 50 + [96.0] * 5 + [100.5] * 45, [8] * 100, True),
+        ([100 + 0.03 * i for i in range(100)], [8] * 100, False),
+        ([100.0] * 100, [8] * 99 + [9], False),
+    ],
+    ids=["given back", "grows", "opens a file"],
+)
+def test_a_leak_is_called_one(memory: list[float], files: list[int], flat: bool) -> None:
+    seen = Watch(NTKMonitor(), 1)
+    seen.memory, seen.files = [int(1e6 * value) for value in memory], files
+    assert seen.flat(100) is flat
+
+
 @pytest.mark.slow
 def test_memory_and_files_stay_flat(tmp_path: Path) -> None:
     """The allocator needs some fifty probes to find its level; `python -m tests.benchmarks.leak` runs longer."""
     seen = watched(tmp_path, 2000, 100)
     assert len(seen.memory) == 100
-    assert seen.flat(40, most=0.03), (seen.motion(40), set(seen.files))
+    assert seen.flat(40, most=0.02), (seen.rise(40), set(seen.files))
