@@ -44,7 +44,7 @@ DOORS = (
     "ntk_monitor.say.",
 )
 
-# What others wrote and our probes call, but a training step does not.
+# What others wrote and our probes call, but neither a training step nor the Trainer does.
 FOREIGN = (
     "torch.autograd.grad",
     "torch.func.vjp",
@@ -62,7 +62,6 @@ FOREIGN = (
     "torch.autograd.graph.get_gradient_edge",
     "ntk_monitor.recorder.RecordWriter",
     "ntk_monitor.recorder.os.fsync",
-    "ntk_monitor.recorder.Path.open",
 )
 
 _PLAIN = ("__repr__", "__eq__", "__hash__", "__getattr__", "__class_getitem__", "__init_subclass__", "__replace__")
