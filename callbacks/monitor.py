@@ -263,6 +263,15 @@ class NTKMonitor(Base):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on with the same history: the probe, the last step, the loss."""
+        try:
+            return self._state()
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            say(f"this checkpoint holds nothing of the monitor: {said(error)}")  # the run's own state is worth more
+            return dict(self._restored)
+
+    def _state(self) -> dict[str, Any]:
         monitor = self.monitor
         if monitor is None:
             return dict(self._restored)

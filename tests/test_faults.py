@@ -320,3 +320,16 @@ def test_a_probe_on_another_device_is_moved_or_refused(tmp_path: Path, undisturb
 def test_nothing_trainable_is_one_sentence(tmp_path: Path) -> None:
     with pytest.warns(NTKWarning, match="no trainable parameter"):
         run(tmp_path, [monitor(probe=6, params="no such layer")])
+
+
+def test_a_checkpoint_is_written_without_the_monitor_when_its_state_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("ntk_monitor.callbacks.monitor.probe_bytes", fail)
+    callback = NTKMonitor(probe=6, every_n_steps=6)
+    run(tmp_path, [callback])
+    with pytest.warns(NTKWarning, match="nothing of the monitor: RuntimeError: boom"):
+        assert callback.state_dict() == {}

@@ -99,7 +99,7 @@ class Problem:
             watch: called as (step, model) before the first step and after each; True ends training.
 
         Raises:
-            InputError: the loss leaves the finite numbers: the rate is too large for this network.
+            InputError: the loss grows a thousandfold: the rate is too large for this network.
         """
         model = copy.deepcopy(self.model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -108,11 +108,14 @@ class Problem:
         y = torch.from_numpy(self.y).to(trained[0].device)
         if watch is not None and watch(0, model):
             return model
+        first = math.inf
         for step in range(1, steps + 1):
             optimizer.zero_grad()
             loss = scale / 2 * (_outputs(model, self.x, self.forward) - y).square().sum()
             loss.backward()
-            if not math.isfinite(loss.item()):
+            first = loss.item() if step == 1 else first
+            # Momentum may overshoot, but not by this much: what comes back from there is another network.
+            if not loss.item() <= 1e3 * first + 1e-12:
                 raise InputError(f"training diverged at step {step} with learning rate {rate:.3g}; pass a smaller one")
             if pull:
                 for p, home in zip(trained, start, strict=True):

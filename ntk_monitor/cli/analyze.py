@@ -182,10 +182,18 @@ def prepared(request: "Request", found: "Survey", directory: Path) -> "Analysis"
     return Analysis(found, request, directory)
 
 
+# What a process measures again before its first record: the record before it, and the first kernel.
+_AGAIN = 1.5
+
+
 def share(pending: "Sequence[Entry]", rank: int, world: int) -> "Sequence[Entry]":
-    """Return the part of one process of several: neighbours, since a record needs what the one before hands on."""
-    size = -(-len(pending) // world)
-    return pending[rank * size : (rank + 1) * size]
+    """Return the part of one process of several: neighbours, since a record needs what the one before hands on.
+
+    The first process has nothing to measure again, and so takes more of them.
+    """
+    most = (len(pending) + _AGAIN * (world - 1)) / world
+    bounds = [0, *(min(len(pending), round(most + k * (most - _AGAIN))) for k in range(world - 1)), len(pending)]
+    return pending[bounds[rank] : max(bounds[rank], bounds[rank + 1])]
 
 
 def _awaited(eyes: "Lookout", seconds: float) -> "Survey":

@@ -141,6 +141,7 @@ def test_the_law_changes_the_diagonal_alone_and_not_at_q_1(n: int, keep: float) 
     np.testing.assert_allclose(law - np.diag(np.diag(law)), kernel - np.diag(np.diag(kernel)))
 
 
+@pytest.mark.slow
 def test_one_layer_keeps_the_mean_drift_and_is_no_smaller_learning_rate() -> None:
     report = study(network(0.5, width=64), samples(12), draws=800)
     holds = [verdict.holds for verdict in report.verdicts]

@@ -122,6 +122,7 @@ def test_a_field_in_time_against_differences_of_scipy() -> None:
     np.testing.assert_allclose(found, jacobian @ jacobian.T, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [Solver("dopri5"), Solver("dopri5", adjoint=True), Solver("rk4", 200, adjoint=True)])
 def test_torchdiffeq_by_autograd_and_by_adjoint_agree_with_our_solver(solver: Solver) -> None:
     field, x = _Timed(), torch.tensor([[0.3, -1.0], [1.2, 0.4]], dtype=torch.float64)
@@ -148,6 +149,7 @@ def test_a_field_at_rest_has_the_kernel_of_the_field() -> None:
     assert report.number("distance from rest") < 1e-12
 
 
+@pytest.mark.slow
 def test_few_steps_of_euler_are_not_enough_and_it_says_so() -> None:
     x = _column(1.0, 2.5)
     coarse = app.study(_Scalar(0.7), x, time=2.0, solver=Solver("euler", 4), scan=(5, 10))
