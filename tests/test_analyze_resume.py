@@ -336,7 +336,7 @@ def test_twenty_checkpoints_killed_in_the_middle(tmp_path: Path) -> None:
 def test_shares_cut_a_series_into_neighbours(world: int) -> None:
     from ntk_monitor.cli.analyze import share
 
-    for count in range(40):
-        places: Any = list(range(count))
+    for length in range(40):
+        places: Any = list(range(length))
         assert [place for rank in range(world) for place in share(places, rank, world)] == places
     assert [len(share(list(range(16)), rank, 2)) for rank in range(2)] == [9, 7]  # type: ignore[arg-type]
