@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntk_monitor.atomic import whole
 from ntk_monitor.dynamics.kept import Kept
 from ntk_monitor.errors import CheckpointError, said
 from ntk_monitor.losses import Terms
@@ -66,13 +67,8 @@ def unpacked(value: Any) -> Any:
 
 def save(state: Any, path: str | os.PathLike[str]) -> None:
     """Write it; the file appears whole or not at all."""
-    target = Path(path)
-    part = target.with_name(f".{target.name}.partial")
-    try:
+    with whole(Path(path)) as part:
         torch.save(packed(state), part)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Any:

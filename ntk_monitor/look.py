@@ -111,6 +111,20 @@ class Outlook:
     saving: float = 0.0
     """Seconds that the next one is expected to take; 0: there will be none."""
 
+    def judge(self, judged: Stability) -> bool:
+        """Take over what the gauge says, or why it says nothing; True when it does."""
+        self.texts["stability"] = judged.how if judged.available else judged.reason
+        if not judged.available:
+            return False
+        self.metrics |= {"lr_headroom_low": judged.low, "lr_headroom_high": judged.high, "sharpness": judged.sharpness}
+        self.facts |= {
+            "bound_low": judged.bound_low,
+            "bound_high": judged.bound_high,
+            "sharpness_bias": judged.bias,
+            "noise_trace": judged.noise,
+        }
+        return True
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Since:

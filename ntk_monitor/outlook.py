@@ -186,17 +186,7 @@ class Watch:
             seed=recipe.seed,
         )
         self.gauge, self._rates = judged, tuple(group.lr for group in state.groups)
-        if not judged.available:
-            found.texts["stability"] = judged.reason
-            return
-        found.texts["stability"] = judged.how
-        found.metrics |= {"lr_headroom_low": judged.low, "lr_headroom_high": judged.high, "sharpness": judged.sharpness}
-        found.facts |= {
-            "bound_low": judged.bound_low,
-            "bound_high": judged.bound_high,
-            "sharpness_bias": judged.bias,
-            "noise_trace": judged.noise,
-        }
+        found.judge(judged)
 
     def _noise_scale(self, now: Now, found: Outlook) -> None:
         if now.layout == "loss":

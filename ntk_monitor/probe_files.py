@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import ntk_monitor
+from ntk_monitor.atomic import whole
 from ntk_monitor.errors import InputError, said
 from ntk_monitor.nests import flattened, rebuilt
 from ntk_monitor.probe import Probe, redrawn
@@ -199,16 +200,8 @@ def _too_large(probe: Probe, limit: int) -> str:
 
 
 def _written(path: Path, content: bytes) -> None:
-    """Write a file that is whole whenever it can be seen, also after a crash or a full disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def _set_aside(folder: Path, stem: str, known: str) -> None:

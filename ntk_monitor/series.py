@@ -16,6 +16,7 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event
 
 from ntk_monitor import events, weights
+from ntk_monitor.atomic import whole
 from ntk_monitor.checkpoints import LIVE, Checkpoint, State, find, ordered
 from ntk_monitor.errors import CheckpointError, NTKMonitorError
 from ntk_monitor.reading import read
@@ -227,12 +228,5 @@ class Ledger:
 
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:
-        part = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole(path) as part:
+            part.write_bytes(content)

@@ -118,18 +118,7 @@ def _gauge(
         clipped=since.clipped,
         **options,
     )
-    if not judged.available:
-        found.texts["stability"] = judged.reason
-        return ()
-    found.texts["stability"] = judged.how
-    found.metrics |= {"lr_headroom_low": judged.low, "lr_headroom_high": judged.high, "sharpness": judged.sharpness}
-    found.facts |= {
-        "bound_low": judged.bound_low,
-        "bound_high": judged.bound_high,
-        "sharpness_bias": judged.bias,
-        "noise_trace": judged.noise,
-    }
-    return (judged,)
+    return (judged,) if found.judge(judged) else ()
 
 
 def _tangent(model: nn.Module, recipe: Recipe, probe: Probe, since: Since, found: Outlook) -> None:

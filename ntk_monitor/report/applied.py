@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ntk_monitor import figures
+from ntk_monitor.atomic import whole
 from ntk_monitor.report.document import _figure, _json, _plotly, _static
 
 if TYPE_CHECKING:
@@ -64,9 +65,8 @@ def write_application(report: "Report", path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     text = application_page(report)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(target)
+    with whole(target) as part:
+        part.write_text(text, encoding="utf-8")
     return target
 
 

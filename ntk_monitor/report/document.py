@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from ntk_monitor import figures
+from ntk_monitor.atomic import whole
 from ntk_monitor.compare import Comparison
 from ntk_monitor.errors import InputError
 from ntk_monitor.health import Finding, findings
@@ -69,10 +70,8 @@ def write(runs: Mapping[str, History], path: str | os.PathLike[str], comparison:
     target = Path(path)
     text = page(runs, comparison)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: a reader never sees half a page.
-    part = target.with_name(target.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(target)
+    with whole(target) as part:
+        part.write_text(text, encoding="utf-8")
     return target
 
 
