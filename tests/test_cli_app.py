@@ -48,11 +48,12 @@ def samples(tmp_path: Path) -> str:
 def test_example_prints_a_verdict_and_draws(tmp_path: Path, capsys: Said) -> None:
     assert main(["app", "early_stopping", "--quick", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "built-in example: Train a small network" in said
+    assert "built-in example: a small network on the progression of diabetes" in said
     assert "DOES NOT HOLD: stopping early is the same as one ridge" in said
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
         "early_stopping.html",
+        "report.json",
         *(f"{name}.{kind}" for name in ("ridges", "filters", "errors") for kind in ("png", "json")),
     }
     assert (tmp_path / "out/errors.png").read_bytes().startswith(b"\x89PNG")
@@ -87,11 +88,23 @@ def test_checkpoint_gives_the_weights(samples: str, tmp_path: Path, capsys: Said
     assert float(line.split()[4]) == pytest.approx(float((y[order][20:] ** 2).mean()), rel=1e-2)
 
 
+def test_answers_about_a_checkpoint_go_into_its_run(samples: str, tmp_path: Path, capsys: Said) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "events.out.tfevents.1").touch()
+    torch.save(Small().state_dict(), tmp_path / "run/checkpoints/last.pt")
+    words = ["--model", MODEL, "--checkpoint", str(tmp_path / "run/checkpoints/last.pt"), "--data", samples]
+    assert main(["app", "saliency", *words, "--set", "resamples=20"]) == 0
+    left = tmp_path / "run/ntk_apps/saliency/report.json"
+    assert str(left) in capsys.readouterr().out
+    assert Report.from_json(left.read_text()).name == "saliency"
+
+
 def test_list_names_every_application(capsys: Said) -> None:
     assert main(["app", "--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(APPLICATIONS)
-    assert all(len(line.split()) > 4 for line in lines)
+    said = capsys.readouterr().out
+    entries = [line.split() for line in said.splitlines() if line and not line.startswith((" ", "Without"))]
+    assert [words[0] for words in entries] == list(APPLICATIONS)
+    assert all(len(words) > 4 for words in entries)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ KERNEL = {
 
 @pytest.fixture(autouse=True)
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ntk_monitor.report.document._plotly", lambda: "/* plotly */")
+    monkeypatch.setattr("ntk_monitor.report.frame.plotly", lambda: "/* plotly */")
 
 
 def row(found: Comparison, quantity: str) -> Difference:

@@ -46,7 +46,7 @@ def words(text: str) -> str:
 def no_library(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     # Five megabytes that only one test looks at.
     if "whole" not in request.keywords:
-        monkeypatch.setattr("ntk_monitor.report.document._plotly", lambda: "/* plotly */")
+        monkeypatch.setattr("ntk_monitor.report.frame.plotly", lambda: "/* plotly */")
 
 
 @pytest.mark.parametrize("name", HISTORIES)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ntk_monitor.applications.report import Number, Report, Table, Verdict
 from ntk_monitor.errors import InputError
 from ntk_monitor.figures.style import GREY, MODE_COLOURS, Figure, layout_of, line, log_axis, numbers
+from ntk_monitor.history import History
 from ntk_monitor.snapshot import Snapshot
 
 Array: TypeAlias = NDArray[np.float64]
@@ -102,6 +103,11 @@ def study_run(snapshots: Iterable[Snapshot]) -> Report:
             "Decays below 5 % or above a factor of 100 in an interval, and modes with no residual, are left out.",
         ),
     )
+
+
+def from_history(history: History) -> Report:
+    """Return what `study_run` says of a history; raises as it does."""
+    return study_run(history.snapshots)
 
 
 def _rank(a: Array, b: Array) -> float:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from ntk_monitor.applications.learning_figure import figure
+from ntk_monitor.applications.learning_run import from_history  # noqa: F401 - --history asks for it
 from ntk_monitor.applications.report import Number, Report, Table, Verdict, short
 from ntk_monitor.batch import Batch, moved, size, tensors
 from ntk_monitor.errors import InputError

@@ -1,10 +1,16 @@
 """Report: what an application found, in words, numbers, tables and figures; verdicts that can be no."""
 
+import json
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from ntk_monitor.errors import InputError
+
+SCHEMA = 1
+"""Of the JSON; a reader refuses a larger one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,44 @@ class Report:
         width = max(width, 40)
         return "\n".join(_lines(self, width))
 
+    def json(self) -> str:
+        """Return the whole report as strict JSON; a number that is not finite is {"float": "inf"}, "-inf" or "nan"."""
+        content = {
+            "schema": SCHEMA,
+            **{key: getattr(self, key) for key in ("name", "title", "summary", "caveats", "figures")},
+            "numbers": [_coded(asdict(one)) for one in self.numbers],
+            "verdicts": [asdict(one) for one in self.verdicts],
+            "tables": {title: {"columns": t.columns, "rows": _coded(t.rows)} for title, t in self.tables.items()},
+        }
+        return json.dumps(content, allow_nan=False, ensure_ascii=False, default=_plain)
+
+    @staticmethod
+    def from_json(text: str) -> "Report":
+        """Return the report that `json` wrote; equal to the first up to tuples in figures, which are lists now.
+
+        Raises:
+            InputError: text that is no such report, or one of a newer schema.
+        """
+        try:
+            found = json.loads(text)
+            schema = found["schema"]
+            if schema > SCHEMA:
+                raise InputError(f"wanted a report of schema {SCHEMA} at most, got {schema}; update ntk-monitor")
+            return Report(
+                **{key: found[key] for key in ("name", "title", "summary", "figures")},
+                caveats=tuple(found["caveats"]),
+                numbers=tuple(Number(**_decoded(one)) for one in found["numbers"]),
+                verdicts=tuple(Verdict(**one) for one in found["verdicts"]),
+                tables={
+                    title: Table(tuple(one["columns"]), tuple(tuple(row) for row in _decoded(one["rows"])))
+                    for title, one in found["tables"].items()
+                },
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"wanted the report of an application as JSON, got {text[:40]!r}: {error!r}") from error
+
 
 def short(value: float) -> str:
     """Return four significant digits."""
@@ -97,6 +141,29 @@ def short(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{float(f'{value:.4g}'):,.6f}".rstrip("0").rstrip(".")
     return f"{value:.3e}"
+
+
+def _coded(value: Any) -> Any:
+    """Return the value with every float that JSON does not know as {"float": "inf"} and the like."""
+    if isinstance(value, Mapping):
+        return {key: _coded(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_coded(one) for one in value]
+    value = _plain(value)
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return float(value["float"]) if set(value) == {"float"} else {k: _decoded(one) for k, one in value.items()}
+    return [_decoded(one) for one in value] if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy's as Python's own; what JSON does not know in words."""
+    if hasattr(value, "item"):
+        return value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _lines(report: Report, width: int) -> Iterator[str]:

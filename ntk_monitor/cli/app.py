@@ -4,8 +4,9 @@ NAME is one of the applications listed by --list. Without --model, --checkpoint
 and --history it answers for its built-in example on real data. With them it
 builds your model and data as analyze does; arguments of your classes follow as
 --model.NAME VALUE and --data.NAME VALUE, options of the application's study as
---set NAME=VALUE. Prints numbers and verdicts; writes figures (PNG, JSON) and
-one HTML page.
+--set NAME=VALUE. Prints numbers and verdicts; writes figures (PNG, JSON), one
+HTML page and report.json. Answers about a run go into its directory, where
+ntk-monitor report finds them.
 """
 
 import ast
@@ -14,7 +15,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -62,15 +64,18 @@ def add(parser: "ArgumentParser") -> None:
     parser.add_argument("--average", action="store_true", help="measure averaged weights (EMA, SWA)")
     parser.add_argument("--state-dict-key", type=str, default=None, metavar="KEY", help="which weights of a checkpoint")
     parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle what needs it: your own files only")
-    parser.add_argument("--out", type=str, default=None, metavar="DIR", help="default: ntk_apps/NAME")
+    parser.add_argument(
+        "--out", type=str, default=None, metavar="DIR", help="default: ntk_apps/NAME in the run, else here"
+    )
 
 
 def run(name: str | None, out: str | None, **options: Any) -> int:
     """Answer, print, draw; returns the exit code."""
     from ntk_monitor.applications import APPLICATIONS
+    from ntk_monitor.applications.recorded import FOLDER
 
     if options["list"]:
-        print("\n".join(f"{one:<20} {_question(_module(one))}" for one in APPLICATIONS))
+        print("\n".join(_listed(APPLICATIONS, min(shutil.get_terminal_size().columns, 120))))
         return 0
     if name not in APPLICATIONS:
         got = "none" if name is None else name
@@ -79,17 +84,21 @@ def run(name: str | None, out: str | None, **options: Any) -> int:
     report = _answer(name, module, options)
     print(report.text(min(shutil.get_terminal_size().columns, 100)))
     print()
-    for line in written(report, Path(out) if out is not None else Path("ntk_apps") / name):
+    for line in written(report, Path(out) if out is not None else _run_of(options) / FOLDER / name):
         print(line)
     return 0
 
 
 def written(report: "Report", directory: Path) -> list[str]:
-    """Write every figure as PNG and JSON, and the page; returns a line about each kind."""
+    """Write every figure as PNG and JSON, the page, and the report as JSON; returns a line about each kind."""
+    from ntk_monitor.applications.recorded import FILE
+    from ntk_monitor.atomic import whole
     from ntk_monitor.render import png
     from ntk_monitor.report.applied import write_application
 
     directory.mkdir(parents=True, exist_ok=True)
+    with whole(directory / FILE) as part:
+        part.write_text(report.json(), encoding="utf-8")
     lines = []
     for name, figure in report.figures.items():
         (directory / f"{name}.json").write_text(json.dumps(figure, allow_nan=False), encoding="utf-8")
@@ -99,11 +108,33 @@ def written(report: "Report", directory: Path) -> list[str]:
             lines = ["no PNG files: matplotlib is not installed"]
     names = ", ".join(report.figures)
     lines.append(f"figures  {directory} ({names})")
+    lines.append(f"record   {directory / FILE}")
     try:
         lines.append(f"page     {write_application(report, directory / f'{report.name}.html')}")
     except InputError as error:
         lines.append(f"no page: {error}")
     return lines
+
+
+def _run_of(options: Mapping[str, Any]) -> Path:
+    """Return the directory of the run that was asked about: of its history, or the one that its checkpoint lies in."""
+    if options["history"] is not None:
+        run = Path(options["history"])
+        return run if run.is_dir() else run.parent
+    for path in (options["checkpoint"] or ())[-1:]:
+        for folder in list(Path(path).resolve().parents)[:3]:
+            if any(folder.glob("*tfevents*")):
+                return folder
+    return Path()
+
+
+def _listed(names: Sequence[str], width: int) -> Iterator[str]:
+    wide = max(map(len, names)) + 2
+    for name in names:
+        question = _question(_module(name))
+        yield textwrap.fill(question, width, initial_indent=f"{name:<{wide}}", subsequent_indent=" " * wide)
+    yield ""
+    yield "Without more, `ntk-monitor app NAME` answers for a built-in example on real data."
 
 
 def _module(name: str) -> ModuleType:
@@ -124,7 +155,7 @@ def _answer(name: str, module: ModuleType, options: dict[str, Any]) -> "Report":
         idle = [key for key in _SOURCE if options[key] is not None] if not options["example"] else []
         if idle:
             raise InputError(f"--{idle[0]} needs --model or --checkpoint")
-        print(f"built-in example: {_first(module.example)}\n")
+        print(f"built-in example: {module.EXAMPLE}\n")
         machine = {} if options["quick"] else _machine()
         return _asked(name, module.example, _settings(options) | {"quick": options["quick"]}, machine)
     if options["history"] is not None:
@@ -198,10 +229,6 @@ def _machine() -> dict[str, Any]:
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(f"\r{done}/{total}" + ("\n" if done >= total else ""))
-
-
-def _first(function: Callable[..., Any]) -> str:
-    return (inspect.getdoc(function) or "real data").splitlines()[0]
 
 
 def _subject(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Mapping[str, Any]]]:

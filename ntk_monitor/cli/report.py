@@ -1,6 +1,7 @@
 """Write one self-contained HTML file from the records of one run or of several, and print the summary.
 
-RUN is a directory with event files, such as lightning_logs/version_0. Opens in any browser, without a network.
+RUN is a directory with event files, such as lightning_logs/version_0. Opens in any browser, without a network. What
+ntk-monitor app has found about a run (RUN/ntk_apps) follows, and what applications can say from the history alone.
 """
 
 from pathlib import Path
@@ -26,6 +27,7 @@ def run(runs: list[str], out: str | None, prefix: str | None, strict: bool) -> i
     """Write the report; returns the exit code."""
     from rich.console import Console
 
+    from ntk_monitor.applications.recorded import beside, of_history
     from ntk_monitor.cli.words import print_summary
     from ntk_monitor.health import findings
     from ntk_monitor.history import load_history
@@ -37,7 +39,13 @@ def run(runs: list[str], out: str | None, prefix: str | None, strict: bool) -> i
         if len(histories) > 1:
             console.print(f"\n{name}", style="bold", markup=False, highlight=False)
         print_summary(history, console)
-    path = write(histories, out or Path(runs[0]) / "report.html")
+    applied = {}
+    for name, run_path in named(runs).items():
+        (left, damaged), (read_off, _) = beside(Path(run_path)), of_history(histories[name])
+        applied[name] = [*left, *read_off]
+        for note in damaged:
+            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    path = write(histories, out or Path(runs[0]) / "report.html", applied=applied)
     console.print(f"report  {path}", soft_wrap=True, markup=False, highlight=False)
     errors = any(one.severity == "error" for h in histories.values() for one in findings(h.snapshots))
     return 1 if strict and errors else 0

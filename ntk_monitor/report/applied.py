@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ntk_monitor import figures
-from ntk_monitor.atomic import whole
-from ntk_monitor.report.document import _figure, _json, _plotly, _static
+from ntk_monitor.figures import Figure
+from ntk_monitor.report.frame import framed, head, place, saved
 
 if TYPE_CHECKING:
     from ntk_monitor.applications.report import Report, Table
@@ -16,17 +15,23 @@ if TYPE_CHECKING:
 _CLASSES = {True: "fine", False: "warning", None: ""}
 
 
-def section(report: "Report") -> tuple[str, dict[str, figures.Figure]]:
-    """Return the section of one application, and its figures by the keys under which the section places them."""
-    specs = {f"{report.name}-{name}": figure for name, figure in report.figures.items()}
-    drawn = [_figure(key, spec["layout"].get("meta", {}).get("tooltip", ""), wide=False) for key, spec in specs.items()]
+def section(report: "Report", key: str | None = None) -> tuple[str, dict[str, Figure]]:
+    """Return the section of one application, and its figures by the keys under which the section places them.
+
+    Args:
+        report: what it found.
+        key: of the section, which its figures' keys begin with; default: the application's name.
+    """
+    key = key or report.name
+    specs = {f"{key}-{name}": figure for name, figure in report.figures.items()}
+    drawn = [place(one, spec["layout"].get("meta", {}).get("tooltip", "")) for one, spec in specs.items()]
     body = "".join(
         (
-            f'<section class="run" id="app-{html.escape(report.name)}"><h2>{html.escape(report.title)}</h2>',
+            f'<section class="run" id="{html.escape(key)}"><h2>{html.escape(report.title)}</h2>',
             f"<p>{html.escape(report.summary)}</p>",
             *_verdicts(report),
+            f'<div class="grid">{"".join(drawn)}</div>' if drawn else "",
             _numbers(report),
-            f'<div class="grid">{"".join(drawn)}</div>',
             *(_table(title, table) for title, table in report.tables.items()),
             *(f'<p class="note">{html.escape(caveat)}</p>' for caveat in report.caveats),
             "</section>\n",
@@ -42,17 +47,7 @@ def application_page(report: "Report") -> str:
         InputError: no plotly package to take plotly.js from.
     """
     body, specs = section(report)
-    return "".join(
-        (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(report.title)} · ntk_monitor</title><style>{_static('page.css')}</style></head>\n",
-            f'<body><header><h1>ntk_monitor</h1><nav>{html.escape(report.name)}</nav><button id="theme" ',
-            f'title="light or dark">◐</button></header>\n{body}',
-            f'\n<script type="application/json" id="figures">{_json(specs)}</script>',
-            f"\n<script>{_plotly()}</script>\n<script>{_static('page.js')}</script></body></html>\n",
-        )
-    )
+    return framed(report.title, head(html.escape(report.name)) + body, specs)
 
 
 def write_application(report: "Report", path: str | os.PathLike[str]) -> Path:
@@ -62,12 +57,7 @@ def write_application(report: "Report", path: str | os.PathLike[str]) -> Path:
         InputError: see `application_page`.
         OSError: the file cannot be written.
     """
-    target = Path(path)
-    text = application_page(report)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with whole(target) as part:
-        part.write_text(text, encoding="utf-8")
-    return target
+    return saved(application_page(report), path)
 
 
 def _verdicts(report: "Report") -> Iterator[str]:

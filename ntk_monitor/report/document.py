@@ -1,22 +1,24 @@
 """The page around the panels: findings, the summary in words, runs side by side; as one string of HTML."""
 
 import html
-import importlib.util
-import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from importlib import resources
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ntk_monitor import figures
-from ntk_monitor.atomic import whole
 from ntk_monitor.compare import Comparison
 from ntk_monitor.errors import InputError
 from ntk_monitor.health import Finding, findings
 from ntk_monitor.history import History
+from ntk_monitor.report.applied import section
+from ntk_monitor.report.frame import framed, head, place, saved
 from ntk_monitor.report.panels import GROUPS, Panel, panels
 from ntk_monitor.summary import rows
+
+if TYPE_CHECKING:
+    from ntk_monitor.applications.report import Report
 
 _ABOUT = (
     "K = J Jᵀ is the empirical neural tangent kernel of the network on the probe, unnormalised; every learning rate, "
@@ -24,12 +26,17 @@ _ABOUT = (
 )
 
 
-def page(runs: Mapping[str, History], comparison: Comparison | None = None) -> str:
+def page(
+    runs: Mapping[str, History],
+    comparison: Comparison | None = None,
+    applied: "Mapping[str, Sequence[Report]] | None" = None,
+) -> str:
     """Return the report of these runs, name → history, as HTML that needs no other file.
 
     Args:
         runs: in the order they are shown.
         comparison: what stands above them, in words and figures.
+        applied: what applications say of a run, by its name; a section of each follows the run's own.
 
     Raises:
         InputError: no run, or no plotly package to take plotly.js from.
@@ -44,44 +51,35 @@ def page(runs: Mapping[str, History], comparison: Comparison | None = None) -> s
         body.append(_compared(comparison))
     if len(runs) > 1:
         specs["all-runs"] = figures.runs_compared({name: run.snapshots for name, run in runs.items()})
-        body.append(_figure("all-runs", specs["all-runs"]["layout"]["meta"]["tooltip"], wide=True))
+        body.append(place("all-runs", specs["all-runs"]["layout"]["meta"]["tooltip"], wide=True))
     for k, (name, history) in enumerate(runs.items()):
-        body.append(_run(k, name, history, drawn[name]))
-    title = html.escape(" and ".join(list(runs)[:3]))
-    return "".join(
-        (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title} · ntk_monitor</title><style>{_static('page.css')}</style></head>\n<body>",
-            *body,
-            f'\n<script type="application/json" id="figures">{_json(specs)}</script>',
-            f"\n<script>{_plotly()}</script>\n<script>{_static('page.js')}</script></body></html>\n",
-        )
-    )
+        answers = (applied or {}).get(name, ())
+        body.append(_run(k, name, history, drawn[name], answers))
+        for n, report in enumerate(answers):
+            text, more = section(report, key=f"{k}-app-{n}")
+            body.append(text)
+            specs |= more
+    return framed(" and ".join(list(runs)[:3]), "".join(body), specs)
 
 
-def write(runs: Mapping[str, History], path: str | os.PathLike[str], comparison: Comparison | None = None) -> Path:
+def write(
+    runs: Mapping[str, History],
+    path: str | os.PathLike[str],
+    comparison: Comparison | None = None,
+    applied: "Mapping[str, Sequence[Report]] | None" = None,
+) -> Path:
     """Write the report to a file and return its path; see `page`.
 
     Raises:
         InputError: see `page`.
         OSError: the file cannot be written.
     """
-    target = Path(path)
-    text = page(runs, comparison)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with whole(target) as part:
-        part.write_text(text, encoding="utf-8")
-    return target
+    return saved(page(runs, comparison, applied), path)
 
 
 def _head(runs: Mapping[str, History]) -> str:
     links = "".join(f'<a href="#run-{k}">{html.escape(name)}</a>' for k, name in enumerate(runs))
-    when = time.strftime("%Y-%m-%d %H:%M")
-    return (
-        f'<header><h1>ntk_monitor</h1><nav>{links}</nav><button id="theme" title="light or dark">◐</button>'
-        f'<p class="about">{html.escape(_ABOUT)} Written {when}.</p></header>\n'
-    )
+    return head(links, f"{_ABOUT} Written {time.strftime('%Y-%m-%d %H:%M')}.")
 
 
 def _compared(comparison: Comparison) -> str:
@@ -94,7 +92,7 @@ def _compared(comparison: Comparison) -> str:
     names = "".join(f"<th>{html.escape(name)}</th>" for name in comparison.names)
     head = f"<thead><tr><th>quantity</th>{names}<th>what it means</th></tr></thead>"
     drawn = [
-        _figure(name, figure["layout"]["meta"]["tooltip"], wide=False) for name, figure in comparison.figures.items()
+        place(name, figure["layout"]["meta"]["tooltip"], wide=False) for name, figure in comparison.figures.items()
     ]
     return "".join(
         (
@@ -107,25 +105,20 @@ def _compared(comparison: Comparison) -> str:
     )
 
 
-def _run(k: int, name: str, history: History, shown: tuple[Panel, ...]) -> str:
+def _run(k: int, name: str, history: History, shown: tuple[Panel, ...], answers: "Sequence[Report]") -> str:
     parts = [f'<section class="run" id="run-{k}"><h2>{html.escape(name)}</h2>', _health(k, history), _summary(history)]
+    if answers:
+        links = (f'<a href="#{k}-app-{n}">{html.escape(one.title)}</a>' for n, one in enumerate(answers))
+        parts.append(f'<p class="question">Asked of this run: {", ".join(links)}.</p>')
     for group, question in GROUPS.items():
         members = [panel for panel in shown if panel.group == group]
         if members:
             parts.append(f'<section class="group" id="run-{k}-{group.replace(" ", "-")}"><h3>{group}</h3>')
             parts.append(f'<p class="question">{html.escape(question)}</p><div class="grid">')
-            parts += [_figure(f"{k}-{panel.name}", panel.tells, wide=panel.wide) for panel in members]
+            parts += [place(f"{k}-{panel.name}", panel.tells, wide=panel.wide) for panel in members]
             parts.append("</div></section>")
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in history.notes]
     return "".join((*parts, "</section>\n"))
-
-
-def _figure(key: str, tells: str, *, wide: bool) -> str:
-    size = ' class="wide"' if wide else ""
-    return (
-        f'<figure{size}><div class="plot" id="{html.escape(key)}"></div>'
-        f"<figcaption>{html.escape(tells)}</figcaption></figure>"
-    )
 
 
 def _health(k: int, history: History) -> str:
@@ -159,22 +152,3 @@ def _summary(history: History) -> str:
 
     head = "<thead><tr><th>quantity</th><th>at the last probe</th><th>what it means</th></tr></thead>"
     return f'<table class="summary">{head}<tbody>{"".join(cells())}</tbody></table>'
-
-
-def _json(specs: Mapping[str, figures.Figure]) -> str:
-    # A closing tag inside a string would end the script element.
-    return json.dumps(specs, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
-
-
-def _static(name: str) -> str:
-    return resources.files("ntk_monitor.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    """Return plotly.js, without importing plotly, which takes a second."""
-    spec = importlib.util.find_spec("plotly")
-    for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        script = Path(place) / "package_data" / "plotly.min.js"
-        if script.is_file():
-            return script.read_text(encoding="utf-8").replace("</script", "<\\/script")
-    raise InputError("a report needs plotly.js, which the plotly package brings; pip install plotly")
