@@ -43,6 +43,10 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _FIELDS = {field.name: field for field in fields(Snapshot) if field.name not in ARRAYS}
+_PARSED = {
+    name: field.type for name, field in _FIELDS.items() if field.type in (float, tuple[str, ...], dict[str, float])
+}
+"""Fields that JSON holds in another form than the Snapshot."""
 _CHECKSUM = ', "checksum": '
 
 
@@ -128,6 +132,15 @@ def assemble(record: str | bytes, arrays: Mapping[str, Array]) -> Snapshot:
         HistoryError: the record's schema is newer than this version reads.
         DamagedRecordError: the record is no JSON object, or lacks a field that every probe has.
     """
+    return Snapshot(**contents(record) | {name: array for name, array in arrays.items() if name in ARRAYS})
+
+
+def contents(record: str | bytes) -> dict[str, Any]:
+    """Return the fields of a Snapshot that its record (JSON text) holds, which are all but the arrays.
+
+    Raises:
+        HistoryError, DamagedRecordError: see `assemble`.
+    """
     try:
         raw: dict[str, Any] = json.loads(record)
         schema = int(raw["schema"])
@@ -138,12 +151,11 @@ def assemble(record: str | bytes, arrays: Mapping[str, Array]) -> Snapshot:
             f"this version of ntk-monitor reads probes up to schema {SCHEMA}, got schema {schema}; "
             "upgrade with: pip install --upgrade ntk-monitor"
         )
-    absent = [name for name, field in _FIELDS.items() if _required(field) and name not in raw]
+    absent = [name for name, field in _FIELDS.items() if name not in raw and _required(field)]
     if absent:
         raise DamagedRecordError(f"a probe's record lacks {', '.join(absent)}")
-    known: dict[str, Any] = {name: _parsed(raw[name], field.type) for name, field in _FIELDS.items() if name in raw}
-    known |= {name: array for name, array in arrays.items() if name in ARRAYS}
-    return Snapshot(**known)
+    known = {name: raw[name] for name in _FIELDS if name in raw}
+    return known | {name: _parsed(known[name], kind) for name, kind in _PARSED.items() if name in known}
 
 
 def unpack(tensor: TensorProto) -> Array:
@@ -223,7 +235,8 @@ def _parsed(value: Any, kind: Any) -> Any:
     if kind == tuple[str, ...]:
         return tuple(value)
     if kind == dict[str, float]:
-        return {key: _parsed(item, float) for key, item in value.items()}
+        # Most are numbers already, and a long run has a million of them.
+        return {key: item if type(item) is float else _parsed(item, float) for key, item in value.items()}
     return value
 
 
