@@ -70,7 +70,7 @@ def read(paths: Sequence[str | os.PathLike[str]], prefix: str | None = None) -> 
             else "train with NTKMonitor() to write some, or wait for the first one"
         )
         raise HistoryError(f"wanted probes under {chosen!r} in {where}, got none{lost}; {advice}")
-    notes = [note for file in files for note in file.notes] + replaced + list(_probe_changes(kept))
+    notes = [note for file in files for note in file.notes] + replaced + list(probe_changes(kept))
     return Run(tuple(kept), tuple(notes), chosen)
 
 
@@ -161,7 +161,8 @@ def _stitched(probes: Iterable[tuple[_File, Snapshot]]) -> tuple[list[Snapshot],
     return [snapshot for _, snapshot in kept], notes
 
 
-def _probe_changes(snapshots: Iterable[Snapshot]) -> Iterator[str]:
+def probe_changes(snapshots: Iterable[Snapshot]) -> Iterator[str]:
+    """Yield a sentence for every change of the probe batch, across which values are not comparable."""
     hashed = [snapshot for snapshot in snapshots if snapshot.probe]
     for before, after in pairwise(hashed):
         if before.probe != after.probe:

@@ -1,5 +1,6 @@
 """What the page asks of a run, answered from its History."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ntk_monitor.figures.style import kernel_words
@@ -11,7 +12,7 @@ ABOUT = (
 )
 
 
-def manifest(run: str, history: History, version: str) -> dict[str, Any]:
+def manifest(run: str, history: History, version: str, grams: Sequence[int]) -> dict[str, Any]:
     """Return what the controls of the page need: steps, axes, names."""
     measured = history.measured
     last = measured[-1] if measured else None
@@ -22,7 +23,7 @@ def manifest(run: str, history: History, version: str) -> dict[str, Any]:
         "steps": [s.step for s in measured],
         "light_steps": [s.step for s in history.light],
         "launches": [s.step for s in measured if s.forecast_steps.size],
-        "gram_steps": [s.step for s in measured if s.gram.size],
+        "gram_steps": list(grams),
         "epochs": [s.epoch for s in measured],
         "times": [s.wall_time for s in measured],
         "total_steps": int(totals[-1]) if totals else None,

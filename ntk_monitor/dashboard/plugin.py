@@ -12,7 +12,8 @@ from tensorboard.plugins.base_plugin import FrontendMetadata, TBContext, TBPlugi
 from werkzeug import wrappers
 
 from ntk_monitor.dashboard import answers, files, payload
-from ntk_monitor.dashboard.store import Asked, Store
+from ntk_monitor.dashboard.source import Asked
+from ntk_monitor.dashboard.store import Store
 from ntk_monitor.errors import HistoryError, InputError
 
 App: TypeAlias = Callable[..., Any]
@@ -48,7 +49,7 @@ class NTKPlugin(TBPlugin):  # type: ignore[misc]  # tensorboard has no types
         }
 
     def _runs(self, asked: Asked, _: Any) -> Any:
-        return {"runs": self._store.runs(asked)}
+        return {"runs": self._store.names(asked)}
 
     def _catalogue(self, asked: Asked, _: Any) -> Any:
         from ntk_monitor.report.panels import GROUPS
@@ -63,16 +64,16 @@ class NTKPlugin(TBPlugin):  # type: ignore[misc]  # tensorboard has no types
     def _manifest(self, asked: Asked, query: Any) -> Any:
         run = query["run"]
         try:
-            history, version = self._store.history(asked, run)
+            history = self._store.history(asked, run)
         except HistoryError as error:
             return {"run": run, "error": str(error), "steps": [], "version": ""}
-        return answers.manifest(run, history, version)
+        return answers.manifest(run, history, self._store.version(asked, run), self._store.stored(asked, run, "gram"))
 
     def _figure(self, asked: Asked, query: Any) -> Any:
         from ntk_monitor.report.panels import panels
 
         focus = query.get("focus") or query["run"]
-        history, _ = self._store.history(asked, focus)
+        history = self._store.history(asked, focus)
         return next(one.figure for one in panels(history) if one.name == query["panel"])
 
 
