@@ -12,9 +12,10 @@ from ntk_monitor.compare import Comparison
 from ntk_monitor.errors import InputError
 from ntk_monitor.health import Finding, findings
 from ntk_monitor.history import History
+from ntk_monitor.panels import GROUPS
 from ntk_monitor.report.applied import section
 from ntk_monitor.report.frame import framed, head, place, saved
-from ntk_monitor.report.panels import GROUPS, Panel, panels
+from ntk_monitor.report.panels import Panel, panels
 from ntk_monitor.summary import rows
 
 if TYPE_CHECKING:

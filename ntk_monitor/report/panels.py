@@ -6,20 +6,14 @@ from dataclasses import dataclass
 from ntk_monitor import figures
 from ntk_monitor.figures import Figure
 from ntk_monitor.history import History
+from ntk_monitor.panels import GROUPS
 from ntk_monitor.snapshot import Snapshot
-
-GROUPS: dict[str, str] = {
-    "learning rate": "Is my learning rate safe to keep, to raise, to lower?",
-    "loss": "Where is the loss going, and can that forecast be believed?",
-    "residual": "What is learned already, and what will be learned in the steps that are left?",
-    "layers": "Which layers do the work?",
-    "kernel": "Is the kernel still moving, and what does it see?",
-    "numbers": "Every number that the loggers receive.",
-}
-"""Groups of panels and the question that each answers; the first five are the `panel` of health findings."""
 
 # Single modes drawn in the drill-down.
 _MODES = (1, 2, 3, 5, 9, 16)
+
+
+__all__ = ["GROUPS", "Panel", "panels"]
 
 
 @dataclass(frozen=True, slots=True)
