@@ -91,6 +91,9 @@ class Snapshot:
     """Modules that hold the measured parameters: the names along the axis "layer"."""
     directions: tuple[str, ...] = ()
     """Named directions of the residual (classes, outputs, tasks): the names along the axis "direction"."""
+    sample_texts: tuple[str, ...] = ()
+    """What the probe's samples say, along the axis "sample", at most 120 characters each: at the first probe of a run,
+    and where the run can tell."""
     seconds: dict[str, float] = field(default_factory=dict)
     """What the probe cost, by stage; "write" is what writing the probe before it took."""
 
@@ -111,11 +114,17 @@ class Snapshot:
     direction_rate: Floats = field(default_factory=_nothing)
     direction_eta: Floats = field(default_factory=_nothing)
     interference: Floats = field(default_factory=_nothing)
+    forecast_bands: Floats = field(default_factory=_nothing)
+    forecast_directions: Floats = field(default_factory=_nothing)
+    sample_residual: Floats = field(default_factory=_nothing)
     predictions: Floats = field(default_factory=_nothing)
     labels: Floats | Integers = field(default_factory=_nothing)
     lr_steps: Floats | Integers = field(default_factory=_nothing)
     lr_values: Floats = field(default_factory=_nothing)
     gram: Floats = field(default_factory=_nothing)
+    mode_samples: Floats = field(default_factory=_nothing)
+    mode_outputs: Floats = field(default_factory=_nothing)
+    thumbnails: Floats | Integers = field(default_factory=_nothing)
 
     def __repr__(self) -> str:
         if self.status == "light":
@@ -195,6 +204,19 @@ ARRAYS: dict[str, Stored] = {
         "loss units / learning rate",
         "g_a^T K g_b of the loss gradients of two directions; negative: a step for one undoes the other",
     ),
+    "forecast_bands": Stored(
+        ("tick", "reach_band"),
+        "loss units",
+        "residual's energy in each of the bands by time-to-learn of this probe (bands.REACH), forecast from its kernel",
+    ),
+    "forecast_directions": Stored(
+        ("tick", "direction"),
+        "sqrt(loss units)",
+        "residual along each named direction, forecast from this probe's kernel",
+    ),
+    "sample_residual": Stored(
+        ("sample",), "sqrt(loss units)", "norm over outputs of each sample's residual; squares sum to the energy of all"
+    ),
     "predictions": Stored(("sample", "output"), "output units", "network outputs on the probe, evaluation mode"),
     "labels": Stored(("sample",), "class", "class of each probe sample, when targets are class labels", dtype="int32"),
     "lr_steps": Stored(("change",), "optimizer steps", "steps at which a learning rate changed", dtype="int64"),
@@ -203,6 +225,22 @@ ARRAYS: dict[str, Stored] = {
         ("sample", "sample_2"),
         "squared output units",
         "mean over outputs of the kernel, samples sorted by class when there are classes, at most 256 of them",
+        blob=True,
+    ),
+    "mode_samples": Stored(
+        ("mode_k", "sample"),
+        "fraction",
+        "pattern over samples of the leading modes of M (of K without modes), signed so that the residual is positive",
+        blob=True,
+    ),
+    "mode_outputs": Stored(
+        ("mode_k", "output"), "fraction", "unit pattern over outputs that goes with mode_samples", blob=True
+    ),
+    "thumbnails": Stored(
+        ("sample", "height", "width", "channel"),
+        "grey level, 0 to 255",
+        "the probe's samples as small pictures, when inputs are images; at the first probe",
+        dtype="uint8",
         blob=True,
     ),
 }

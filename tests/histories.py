@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ntk_monitor.bands import REACH, reach
 from ntk_monitor.snapshot import Snapshot
 
 PROBES, EVERY, SAMPLES, OUTPUTS = 12, 25, 64, 3
@@ -24,11 +25,70 @@ def _at(values: Values, probe: int) -> float:
     return float(values[probe]) if isinstance(values, Sequence) else float(values)
 
 
+CLASSES = np.arange(SAMPLES) % OUTPUTS
+MODES = 10
+
+
+def _loss(k: int) -> float:
+    return 0.05 + 1.05 * 0.7**k
+
+
+def _coordinates(k: int) -> Any:
+    """Residual of probe k: its energy is the loss."""
+    shape = 0.7 ** np.arange(MODES)
+    return np.sqrt(_loss(k)) * shape / np.linalg.norm(shape)
+
+
+def _patterns(k: int) -> Any:
+    """Orthonormal patterns over samples that turn slowly, (modes, samples); the first two tell classes apart."""
+    generator = np.random.default_rng(1)
+    classes = np.eye(OUTPUTS)[CLASSES] - 1 / OUTPUTS
+    start = np.concatenate([classes[:, :2], generator.normal(size=(SAMPLES, MODES - 2))], axis=1)
+    turned = start + 0.05 * k * np.random.default_rng(2).normal(size=start.shape)
+    return np.linalg.qr(turned)[0].T
+
+
+def _gram(k: int) -> Any:
+    """Kernel of the samples sorted by class; classes part more and more."""
+    generator = np.random.default_rng(3)
+    features = generator.normal(size=(SAMPLES, 12))
+    features[:, :OUTPUTS] += (0.5 + 0.3 * k) * np.eye(OUTPUTS)[np.sort(CLASSES)]
+    return (1 + 0.1 * k) * features @ features.T
+
+
+def _thumbnails() -> Any:
+    """Pictures of 8 x 8 whose bright row says the class."""
+    pictures = np.random.default_rng(4).integers(0, 90, size=(SAMPLES, 8, 8, 1))
+    for picture, label in zip(pictures, CLASSES, strict=True):
+        picture[2 * label + 1] = 255
+    return pictures.astype(np.uint8)
+
+
+def _ahead(k: int) -> dict[str, Any]:
+    """Forecast from probe k to the end of the run: arrays and the steps they are for."""
+    ticks = np.unique(np.geomspace(1, EVERY * (PROBES - k), 20).round().astype(np.int64))
+    times = 8.0 * 1.4 ** np.arange(MODES)
+    energy = _coordinates(k) ** 2 * 0.1 ** (ticks[:, None] / times)
+    masks = reach(0.5 ** np.arange(MODES), 0.0, times, float(EVERY * (PROBES - k)))
+    left = 0.95 ** ticks[:, None]
+    return {
+        "time_to_learn": times,
+        "forecast_steps": k * EVERY + ticks,
+        "forecast_loss": 0.04 + (_loss(k) - 0.04) * 0.985**ticks,
+        "forecast_bands": np.stack([energy[:, masks[name]].sum(axis=1) for name in REACH], axis=1),
+        "forecast_directions": np.sqrt(_loss(k)) * left * np.array([1.0, 0.9, 0.8]),
+        "direction_eta": np.array([40.0, 60.0, np.inf]),
+    }
+
+
 def _probe(k: int) -> Snapshot:
     """Return probe k of the healthy run."""
     generator = np.random.default_rng(k)
-    step, loss = k * EVERY, 0.05 + 1.05 * 0.7**k
-    modes = 10
+    step, loss = k * EVERY, _loss(k)
+    modes = MODES
+    coordinates, patterns = _coordinates(k), _patterns(k)
+    weights = generator.normal(size=(OUTPUTS, OUTPUTS))
+    share = generator.random(SAMPLES)
     return Snapshot(
         step=step,
         wall_time=1.7e9 + step,
@@ -82,15 +142,31 @@ def _probe(k: int) -> Snapshot:
         texts={"optimizer": "SGD", "scale_free": "body.0, body.2"},
         eigenvalues=100.0 * 0.5 ** np.arange(modes),
         rates=0.5 ** np.arange(modes),
-        coordinates=0.7 ** np.arange(modes),
-        time_to_learn=8.0 * 1.4 ** np.arange(modes),
+        rates_floor=1e-12,
+        coordinates=coordinates,
+        carried=1.05 * coordinates if k else np.empty(0),
+        previous_step=step - EVERY if k else None,
         layer_trace=np.array([0.1, 0.3, 0.4, 0.2]) * (900 + 40 * k),
         layer_share=np.array([0.2, 0.3, 0.3, 0.2]),
         layer_update=np.array([0.1, 0.3, 0.3, 0.3]),
+        layer_useful=np.array([0.3, 0.5, 0.6, 0.8]),
+        layer_moved=np.array([0.1, 0.2, 0.2, 0.5]) * k / PROBES,
         layer_norm=np.array([4.0, 5.0, 5.0, 2.0]) * (1 + 0.02 * k),
         direction_residual=np.full(3, np.sqrt(loss)),
+        direction_rate=np.array([0.4, 0.3, 0.1]),
         interference=np.eye(3) - 0.45 * (1 - np.eye(3)),
         predictions=generator.normal(size=(SAMPLES, OUTPUTS)),
+        labels=CLASSES.astype(np.int64),
+        lr_steps=np.arange(max(0, step - EVERY + 1), step + 1),
+        lr_values=0.05
+        * (1 + np.cos(np.pi * np.arange(max(0, step - EVERY + 1), step + 1) / (EVERY * PROBES)))[:, None],
+        gram=_gram(k) if k % 3 == 0 else np.empty(0),
+        mode_samples=patterns,
+        mode_outputs=np.linalg.qr(weights)[0][np.arange(MODES) % OUTPUTS],
+        sample_residual=np.sqrt(loss * share / share.sum()),
+        thumbnails=_thumbnails() if k == 0 else np.empty(0),
+        sample_texts=tuple(f"sample {i} of class {CLASSES[i]}" for i in range(SAMPLES)) if k == 0 else (),
+        **_ahead(k),
     )
 
 
