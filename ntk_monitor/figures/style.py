@@ -1,7 +1,8 @@
 """What all figures share: colours, axes, empty figures, and numbers that JSON can hold."""
 
+import html
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,16 @@ def kernel_words(snapshot: Snapshot) -> str:
     )
 
 
+def value_axis(title: str, *, log: bool, **axis: Any) -> Figure:
+    """Return a vertical axis, logarithmic or linear."""
+    return log_axis(title, **({"dtick": None} | axis)) if log else {"title": {"text": title}} | axis
+
+
+def word(text: str) -> str:
+    """Return a name of the user's so that plotly, which reads a little HTML, shows every letter of it."""
+    return html.escape(text, quote=False)
+
+
 def line(x: Sequence[Any], y: Sequence[Any], name: str, colour: str, **trace: Any) -> Figure:
     """Return a line; `trace` replaces any of its fields."""
     return {"type": "scatter", "mode": "lines", "x": x, "y": y, "name": name, "line": {"color": colour}} | trace
@@ -77,3 +88,45 @@ def line(x: Sequence[Any], y: Sequence[Any], name: str, colour: str, **trace: An
 def thinned(count: int, most: int) -> list[int]:
     """Return at most `most` of the indices 0 … count-1, evenly spread, first and last included."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
+
+
+MOST = 360
+"""Points of a line: more than a panel has pixels for only makes the page slow."""
+
+
+def drawn(
+    at: Callable[[Sequence[float]], list[float]], steps: Sequence[float], values: Sequence[Any], *, log: bool = False
+) -> Figure:
+    """Return x, y and mode of one series: finite values only, markers on short ones, long ones thinned to `MOST`.
+
+    Of every stretch of a long series the smallest and the largest value stay, so that no spike is lost.
+    """
+    x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    kept = np.isfinite(y) & ((y > 0) if log else True)
+    x, y = x[kept], y[kept]
+    if len(y) > MOST:
+        stretches = np.array_split(np.arange(len(y)), MOST // 2 - 1)
+        ends = {int(i[pick(y[i])]) for i in stretches for pick in (np.argmin, np.argmax)}
+        chosen = np.array(sorted(ends | {0, len(y) - 1}))
+        x, y = x[chosen], y[chosen]
+    mode = "lines+markers" if len(y) <= 60 else "lines"
+    return {"x": at(x.tolist()), "y": numbers(y), "mode": mode, "marker": {"size": 5}}
+
+
+def series(name: str, colour: str, points: Figure, word: str = "step", **trace: Any) -> Figure:
+    """Return a line through the points of `drawn`; `word` stands before its abscissa in hovers."""
+    hover = f"{word} %{{x}}: %{{y:.4g}}<extra>%{{fullData.name}}</extra>"
+    return line(points["x"], points["y"], name, colour, hovertemplate=hover) | points | trace
+
+
+def upright(x: float, name: str, colour: str = ORANGE, **shape: Any) -> Figure:
+    """Return a line across the height of the plot, which a page may find by its name and let a reader drag."""
+    look = {"color": colour, "width": 1.5, "dash": "dot"}
+    ends = {"x0": x, "x1": x, "y0": 0, "y1": 1, "xref": "x", "yref": "paper"}
+    return {"type": "line", "name": name, "line": look} | ends | shape
+
+
+def stripe(start: float, end: float, colour: str = "rgba(194, 59, 59, 0.10)") -> Figure:
+    """Return a shaded stretch of the horizontal axis, over the height of the plot and behind what is drawn."""
+    ends = {"x0": start, "x1": end, "y0": 0, "y1": 1, "xref": "x", "yref": "paper"}
+    return {"type": "rect", "fillcolor": colour, "line": {"width": 0}, "layer": "below"} | ends
