@@ -1,38 +1,159 @@
-"""What the page asks of a run, answered from its History."""
+"""What the page asks of runs, answered from their Histories."""
 
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any, TypeAlias
 
+from ntk_monitor.dashboard import drill, payload
+from ntk_monitor.dashboard.query import Query
+from ntk_monitor.dashboard.source import Asked
+from ntk_monitor.dashboard.store import Store
+from ntk_monitor.errors import HistoryError, InputError
 from ntk_monitor.figures.style import kernel_words
+from ntk_monitor.health import findings
 from ntk_monitor.history import History
+from ntk_monitor.panels import CATALOGUE, GROUPS, Entry, View, draw
+
+Answer: TypeAlias = Mapping[str, Any] | str
+"""What becomes JSON, or is JSON already."""
 
 ABOUT = (
     "K = J Jᵀ is the empirical neural tangent kernel of the network on the probe, unnormalised; every learning rate, "
     "batch size and loss factor is applied where it is used and named there. The numbers describe these probe samples."
 )
 
+_ENTRIES = {entry.name: entry for entry in CATALOGUE}
+_DRAWN = 128
+"""Figures that are kept as text: a thousand probes make one of about 100 kB."""
 
-def manifest(run: str, history: History, version: str, grams: Sequence[int]) -> dict[str, Any]:
+
+class Answers:
+    """The questions by name. Thread-safe."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._drawn: dict[tuple[Any, ...], str] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def routes(self) -> dict[str, Callable[[Asked, Query], Answer]]:
+        """What answers each question."""
+        return {
+            "runs": self.runs,
+            "catalogue": self.catalogue,
+            "manifest": self.manifest,
+            "figure": self.figure,
+            "findings": self.findings,
+            "mode": self.mode,
+            "sample": self.sample,
+        }
+
+    def runs(self, asked: Asked, _: Query) -> Answer:
+        """Return the names of the runs that hold probes."""
+        return {"runs": self._store.names(asked)}
+
+    def catalogue(self, _: Asked, __: Query) -> Answer:
+        """Return what can be drawn, and the conventions behind it."""
+        panels = [
+            {
+                "name": entry.name,
+                "group": entry.group,
+                "wide": entry.wide,
+                "several": entry.several,
+                "depends": sorted(entry.depends),
+                "tells": entry.tells,
+            }
+            for entry in CATALOGUE
+        ]
+        return {"groups": GROUPS, "panels": panels, "about": ABOUT, "version": metadata.version("ntk-monitor")}
+
+    def manifest(self, asked: Asked, query: Query) -> Answer:
+        """Return what the controls need to know of a run; of one that cannot be read, why."""
+        run = query.text("run")
+        try:
+            reading = self._store.reading(asked, run)
+        except HistoryError as error:
+            return {"run": run, "version": "", "gram_steps": [], **manifest(History(())), "error": str(error)}
+        found = manifest(reading.history())
+        return {"run": run, "version": reading.version, "gram_steps": reading.stored("gram"), **found}
+
+    def figure(self, asked: Asked, query: Query) -> Answer:
+        """Return one panel of the ticked runs."""
+        entry = _entry(query.text("panel"))
+        ticked = query.runs()
+        focus = query.arguments.get("focus") or next(iter(ticked), "")
+        names = ticked if entry.several and ticked else [focus]
+        view = _view(query)
+        readings = {name: self._store.reading(asked, name) for name in names}
+        versions = [reading.version for reading in readings.values()]
+        depends = [getattr(view, name) for name in sorted(entry.depends)]
+        key = (asked.experiment, entry.name, *names, *versions, *depends)
+        with self._lock:
+            drawn = self._drawn.pop(key, None)
+        if drawn is None:
+            shown = {name: reading.history(view.step) for name, reading in readings.items()}
+            drawn = payload.text(draw(entry.name, shown, view))
+        with self._lock:
+            self._drawn[key] = drawn
+            while len(self._drawn) > _DRAWN:
+                del self._drawn[next(iter(self._drawn))]
+        return drawn
+
+    def findings(self, asked: Asked, query: Query) -> Answer:
+        """Return what the rules of health find in a run."""
+        found = findings(self._store.reading(asked, query.text("run")).probes)
+        names = ("severity", "rule", "steps", "evidence", "meaning", "advice", "panel")
+        return {"findings": [{name: getattr(one, name) for name in names} for one in found]}
+
+    def mode(self, asked: Asked, query: Query) -> Answer:
+        """Return the samples that load most on a mode, on either side."""
+        step, mode = query.number("step"), query.number("mode", 1) or 1
+        return drill.mode(self._store.reading(asked, query.text("run")).history(step), step, mode)
+
+    def sample(self, asked: Asked, query: Query) -> Answer:
+        """Return what is known of one sample of the probe."""
+        index = query.number("sample")
+        if index is None:
+            raise InputError("wanted ?sample= the index of a sample in the probe, got nothing")
+        return drill.sample(self._store.reading(asked, query.text("run")).history(query.number("step")), index)
+
+
+def manifest(history: History) -> dict[str, Any]:
     """Return what the controls of the page need: steps, axes, names."""
     measured = history.measured
     last = measured[-1] if measured else None
     labels = next((s.labels for s in reversed(measured) if s.labels.size), ())
     totals = [s.facts["total_steps"] for s in history.snapshots if "total_steps" in s.facts]
     return {
-        "run": run,
         "steps": [s.step for s in measured],
         "light_steps": [s.step for s in history.light],
         "launches": [s.step for s in measured if s.forecast_steps.size],
-        "gram_steps": list(grams),
         "epochs": [s.epoch for s in measured],
         "times": [s.wall_time for s in measured],
         "total_steps": int(totals[-1]) if totals else None,
         "kernel": kernel_words(last) if last else "",
         "samples": last.samples if last else 0,
         "outputs": last.outputs if last else 0,
-        "modes": max((len(s.rates) or len(s.eigenvalues) for s in measured), default=0),
+        "modes": len(last.rates) or len(last.eigenvalues) if last else 0,
         "labels": [int(label) for label in labels],
         "notes": list(history.notes),
         "error": None,
-        "version": version,
     }
+
+
+def _entry(name: str) -> Entry:
+    if name not in _ENTRIES:
+        raise InputError(f"no panel is called {name[:40]!r}; choose one of {', '.join(_ENTRIES)}")
+    return _ENTRIES[name]
+
+
+def _view(query: Query) -> View:
+    return View(
+        step=query.number("step"),
+        launch=query.number("launch"),
+        unit=query.one_of("unit", "step", "epoch", "time"),  # type: ignore[arg-type]
+        log=query.one_of("log", "1", "0") == "1",
+        mode=query.number("mode", 1),
+        sample=query.number("sample"),
+    )

@@ -9,22 +9,22 @@ from pathlib import Path
 TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".png": "image/png"}
 
 
-@functools.cache
 def names() -> frozenset[str]:
     """Return what there is to serve; a name that is not in here is not looked for on disk."""
     folder = resources.files("ntk_monitor.dashboard").joinpath("static")
     return frozenset(file.name for file in folder.iterdir() if Path(file.name).suffix in TYPES)
 
 
-def content(name: str) -> bytes:
-    """Return a file of the page.
+def content(name: str) -> tuple[bytes, str]:
+    """Return a file of the page and its media type.
 
     Raises:
-        KeyError: there is none of this name.
+        FileNotFoundError: there is none of this name.
     """
     if name not in names():
-        raise KeyError(name)
-    return resources.files("ntk_monitor.dashboard").joinpath("static", name).read_bytes()
+        raise FileNotFoundError(f"the NTK tab has no file called {name[:40]!r}")
+    found = resources.files("ntk_monitor.dashboard").joinpath("static", name)
+    return found.read_bytes(), TYPES[Path(name).suffix]
 
 
 @functools.cache
@@ -32,11 +32,11 @@ def plotly() -> bytes:
     """Return plotly.js, gzipped once, without importing plotly.
 
     Raises:
-        KeyError: plotly is not installed.
+        FileNotFoundError: plotly is not installed.
     """
     spec = importlib.util.find_spec("plotly")
     for place in (spec.submodule_search_locations or []) if spec is not None else []:
         script = Path(place) / "package_data" / "plotly.min.js"
         if script.is_file():
             return gzip.compress(script.read_bytes(), compresslevel=6, mtime=0)
-    raise KeyError("plotly.js")
+    raise FileNotFoundError("the NTK tab needs plotly.js, which the plotly package brings; pip install plotly")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ntk_monitor.errors import InputError
+
 LARGEST = 16 * 2**20
 """Bytes of the largest answer; a figure of a thousand probes takes a hundredth of it."""
 
@@ -15,14 +17,14 @@ def text(answer: Any) -> str:
     """Return the answer as JSON; what is not finite becomes null.
 
     Raises:
-        ValueError: the answer is larger than `LARGEST`.
+        InputError: the answer is larger than `LARGEST`.
     """
     try:
         written = json.dumps(answer, allow_nan=False, separators=(",", ":"))
     except (ValueError, TypeError):
         written = json.dumps(plain(answer), allow_nan=False, separators=(",", ":"))
     if len(written) > LARGEST:
-        raise ValueError(f"wanted an answer of at most {LARGEST} bytes, got {len(written)}; ask for less of the run")
+        raise InputError(f"wanted an answer of at most {LARGEST} bytes, got {len(written)}; ask for less of the run")
     return written
 
 

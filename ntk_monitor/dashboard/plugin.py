@@ -1,34 +1,36 @@
 """The routes of the tab: read-only, every answer JSON, every failure a sentence."""
 
-import functools
 import logging
-from collections.abc import Callable, Mapping
-from importlib import metadata
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from tensorboard.backend.http_util import Respond
+from tensorboard.errors import PublicError
 from tensorboard.plugin_util import context, experiment_id
 from tensorboard.plugins.base_plugin import FrontendMetadata, TBContext, TBPlugin
 from werkzeug import wrappers
 
-from ntk_monitor.dashboard import answers, files, payload
+from ntk_monitor.dashboard import files, payload
+from ntk_monitor.dashboard.query import Query
 from ntk_monitor.dashboard.source import Asked
-from ntk_monitor.dashboard.store import Store
 from ntk_monitor.errors import HistoryError, InputError
 
 App: TypeAlias = Callable[..., Any]
-Query: TypeAlias = Mapping[str, str]
 
 logger = logging.getLogger(__name__)
 
+_JSON = "application/json"
+_QUESTIONS = ("runs", "catalogue", "manifest", "figure", "findings", "mode", "sample")
+
 
 class NTKPlugin(TBPlugin):  # type: ignore[misc]  # tensorboard has no types
-    """Answers the page's questions about the runs of one logdir."""
+    """Answers the page's questions about the runs of one logdir. What draws is loaded at the first question."""
 
     plugin_name = "ntk"
 
     def __init__(self, context: TBContext) -> None:
-        self._store = Store(context.data_provider)
+        self._provider = context.data_provider
+        self._routes: dict[str, Callable[[Asked, Query], Any]] = {}
 
     def is_active(self) -> bool:
         """Return False: TensorBoard activates the tab itself where a run holds our data."""
@@ -40,96 +42,58 @@ class NTKPlugin(TBPlugin):  # type: ignore[misc]  # tensorboard has no types
 
     def get_plugin_apps(self) -> dict[str, App]:
         """Return the routes, below data/plugin/ntk."""
-        asked = {"runs": self._runs, "catalogue": self._catalogue, "manifest": self._manifest, "figure": self._figure}
         return {
-            "/index.js": _file("index.js"),
-            "/static/*": _static,
-            "/plotly.js": _plotly,
-            **{f"/{name}": _answering(answer) for name, answer in asked.items()},
+            "/index.js": _app(lambda request: _file(request, "index.js")),
+            "/static/*": _app(lambda request: _file(request, request.path.rpartition("/static/")[2])),
+            "/plotly.js": _app(_plotly),
+            **{f"/{name}": _app(self._question(name)) for name in _QUESTIONS},
         }
 
-    def _runs(self, asked: Asked, _: Any) -> Any:
-        return {"runs": self._store.names(asked)}
+    def _question(self, name: str) -> Callable[[wrappers.Request], Any]:
+        def answered(request: wrappers.Request) -> Any:
+            if not self._routes:
+                from ntk_monitor.dashboard.answers import Answers
+                from ntk_monitor.dashboard.store import Store
 
-    def _catalogue(self, asked: Asked, _: Any) -> Any:
-        from ntk_monitor.report.panels import GROUPS
+                self._routes = Answers(Store(self._provider)).routes
+            asked = Asked(context(request.environ), experiment_id(request.environ))
+            answer = self._routes[name](asked, Query(request.args))
+            return Respond(request, answer if isinstance(answer, str) else payload.text(answer), _JSON)
 
-        panels = [
-            {"name": name, "group": group, "wide": wide, "several": False, "depends": [], "tells": ""}
-            for name, group, wide in _SKELETON
-        ]
-        version = metadata.version("ntk-monitor")
-        return {"groups": GROUPS, "panels": panels, "about": answers.ABOUT, "version": version}
-
-    def _manifest(self, asked: Asked, query: Any) -> Any:
-        run = query["run"]
-        try:
-            history = self._store.history(asked, run)
-        except HistoryError as error:
-            return {"run": run, "error": str(error), "steps": [], "version": ""}
-        return answers.manifest(run, history, self._store.version(asked, run), self._store.stored(asked, run, "gram"))
-
-    def _figure(self, asked: Asked, query: Any) -> Any:
-        from ntk_monitor.report.panels import panels
-
-        focus = query.get("focus") or query["run"]
-        history = self._store.history(asked, focus)
-        return next(one.figure for one in panels(history) if one.name == query["panel"])
+        return answered
 
 
-_SKELETON = (
-    ("learning-rate-interval", "learning rate", False),
-    ("learning-rates", "learning rate", False),
-    ("loss-forecast", "loss", False),
-    ("forecast-error", "loss", False),
-    ("residual-reach", "residual", False),
-    ("residual-bands", "residual", False),
-    ("named-residuals", "residual", False),
-    ("mode-decay", "residual", False),
-    ("layer-updates", "layers", False),
-    ("spectrum", "kernel", False),
-    ("spectrum-over-training", "kernel", False),
-    ("scalars", "numbers", True),
-)
-
-
-def _answering(answer: Callable[[Asked, Any], Any]) -> App:
-    """Return the application of a question: its answer as JSON, or a sentence and no traceback."""
+def _app(answered: Callable[[wrappers.Request], Any]) -> App:
+    """Return the WSGI application of a route: it reads only, and no failure of it is a traceback."""
 
     @wrappers.Request.application
-    @functools.wraps(answer)
     def app(request: wrappers.Request) -> Any:
-        asked = Asked(context(request.environ), experiment_id(request.environ))
+        if request.method not in ("GET", "HEAD"):
+            return _sorry(request, f"wanted GET, got {request.method}", 405)
         try:
-            return Respond(request, payload.text(answer(asked, request.args)), "application/json")
-        except (InputError, HistoryError, ValueError, LookupError) as error:
-            return Respond(request, payload.text({"error": str(error)}), "application/json", code=400)
-        except Exception as error:
+            return answered(request)
+        except FileNotFoundError as error:
+            return _sorry(request, str(error), 404)
+        except (InputError, HistoryError) as error:
+            return _sorry(request, str(error), 400)
+        except PublicError as error:
+            return _sorry(request, f"TensorBoard's data server refused: {error}", error.http_code)
+        except Exception as error:  # the rest of TensorBoard goes on, and its terminal says what happened here
             logger.exception("the NTK tab could not answer %s", request.path)
-            return Respond(request, payload.text({"error": f"{type(error).__name__}"}), "application/json", code=500)
+            return _sorry(request, f"{type(error).__name__} in the NTK tab; TensorBoard's terminal says where", 500)
 
     return app
 
 
-def _file(name: str) -> App:
-    @wrappers.Request.application
-    def app(request: wrappers.Request) -> Any:
-        suffix = "." + name.rpartition(".")[2]
-        try:
-            return Respond(request, files.content(name), files.TYPES[suffix])
-        except KeyError:
-            return Respond(request, payload.text({"error": "no such file"}), "application/json", code=404)
-
-    return app
+def _sorry(request: wrappers.Request, sentence: str, code: int) -> Any:
+    return Respond(request, payload.text({"error": sentence}), _JSON, code=code)
 
 
-def _static(environ: Any, start_response: Any) -> Any:
-    return _file(environ["PATH_INFO"].rpartition("/static/")[2])(environ, start_response)
+def _file(request: wrappers.Request, name: str) -> Any:
+    content, kind = files.content(name)
+    return Respond(request, content, kind)
 
 
-@wrappers.Request.application
 def _plotly(request: wrappers.Request) -> Any:
-    try:
-        return Respond(request, files.plotly(), "text/javascript", content_encoding="gzip", expires=86400)
-    except KeyError:
-        return Respond(request, payload.text({"error": "plotly is not installed"}), "application/json", code=404)
+    # A day in the browser's cache; the page asks with the version in the URL.
+    return Respond(request, files.plotly(), "text/javascript", content_encoding="gzip", expires=86400)

@@ -50,8 +50,9 @@ class Source:
 
     def __init__(self, provider: DataProvider, run: str, prefix: str) -> None:
         self.run, self.prefix = run, prefix
-        self.version = ""
-        """Changes when probes have come, or were replaced."""
+        self.blobs: tuple[str, ...] = ()
+        """The blobs that the run holds anywhere."""
+        self._version = ""
         self._provider = provider
         self._asked = Asked(RequestContext(), "")
         self._lock = threading.RLock()
@@ -68,10 +69,12 @@ class Source:
         if tag(RECORD, self.prefix) not in found:
             raise HistoryError(f"no run with probes is called {self.run!r}; choose one of those listed")
         series = found[tag(RECORD, self.prefix)]
+        version = f"{series.max_step}-{series.max_wall_time!r}"
         with self._lock:
             self._asked = asked
-            self.version = f"{series.max_step}-{series.max_wall_time!r}"
-        return self.version
+            if version != self._version:
+                self._version, self.blobs = version, self._present()
+        return version
 
     def records(self) -> list[TensorDatum]:
         """Return the record of every probe, in the order of writing."""
@@ -103,10 +106,15 @@ class Source:
         """Return a series, read again if the run has grown since and the probe (None: any) may be among the new."""
         with self._lock:
             series = self._series.get(name)
-            if series is None or (series.version != self.version and (key is None or key not in series.values)):
+            if series is None or (series.version != self._version and (key is None or key not in series.values)):
                 read = self._references if ARRAYS[name].blob else self._arrays
-                series = self._series[name] = _Series(self.version, read(name))
+                series = self._series[name] = _Series(self._version, read(name))
             return series.values
+
+    def _present(self) -> tuple[str, ...]:
+        chosen = self._chosen(self._asked, *(name for name, stored in ARRAYS.items() if stored.blob))
+        found = self._provider.list_blob_sequences(self._asked.context, **chosen).get(self.run, {})
+        return tuple(name for name in ARRAYS if tag(name, self.prefix) in found)
 
     def _arrays(self, name: str) -> dict[Key, Array]:
         dimensions = len(ARRAYS[name].dims)
@@ -129,8 +137,8 @@ class Source:
             return []
         return list(found.get(tag(name, self.prefix), ()))
 
-    def _chosen(self, asked: Asked, name: str) -> dict[str, Any]:
-        chosen = RunTagFilter(runs=[self.run], tags=[tag(name, self.prefix)])
+    def _chosen(self, asked: Asked, *names: str) -> dict[str, Any]:
+        chosen = RunTagFilter(runs=[self.run], tags=[tag(name, self.prefix) for name in names])
         return {"experiment_id": asked.experiment, "plugin_name": PLUGIN, "run_tag_filter": chosen}
 
 

@@ -8,17 +8,46 @@ from dataclasses import dataclass, field
 from tensorboard.data.provider import DataProvider, TensorDatum
 
 from ntk_monitor.dashboard.lazy import LazySnapshot
-from ntk_monitor.dashboard.source import Asked, Key, Source
+from ntk_monitor.dashboard.source import Asked, Source
 from ntk_monitor.errors import DamagedRecordError, HistoryError
 from ntk_monitor.events import PLUGIN, RECORD, contents, tag
 from ntk_monitor.history import History
 from ntk_monitor.runs import probe_changes
-from ntk_monitor.snapshot import ARRAYS
 
 MOST = 8
 """Runs that are kept in memory; a page shows three at once."""
 
-BLOBS = tuple(name for name, stored in ARRAYS.items() if stored.blob)
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A run as it stands at one version: all its records, and arrays where somebody looks."""
+
+    version: str
+    """Changes when probes have come, or were replaced."""
+    probes: tuple[LazySnapshot, ...]
+    notes: tuple[str, ...]
+    source: Source
+
+    def history(self, step: int | None = None) -> History:
+        """Return the probes with the blobs that are nearest to a step (None: the last) in sight.
+
+        In sight are also the first and the last of each kind, which fixed scales rest on.
+        """
+        places = {probe.key: i for i, probe in enumerate(self.probes)} if self.source.blobs else {}
+        shown: dict[int, set[str]] = {}
+        for name in self.source.blobs:
+            stored = [places[key] for key in self.source.stored(name) if key in places]
+            for i in _chosen([self.probes[i].step for i in stored], step):
+                shown.setdefault(stored[i], set()).add(name)
+        probes = list(self.probes)
+        for i, names in shown.items():
+            probes[i] = probes[i].opened(names)
+        return History(tuple(probes), self.notes, self.source.prefix)
+
+    def stored(self, blob: str) -> list[int]:
+        """Return the steps of the probes that hold a blob; only its keys are read."""
+        keys = {probe.key for probe in self.probes}
+        return [key[0] for key in self.source.stored(blob) if key in keys]
 
 
 @dataclass(slots=True)
@@ -26,15 +55,13 @@ class _Run:
     """A run as it was last read."""
 
     source: Source
-    version: str = ""
-    history: History = field(default_factory=lambda: History(()))
+    reading: Reading | None = None
     error: str = ""
-    probes: dict[Key, LazySnapshot] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Store:
-    """Histories by run. Thread-safe: requests for one run wait for one reading of it."""
+    """Runs by name. Thread-safe: requests for one run wait for one reading of it."""
 
     def __init__(self, provider: DataProvider) -> None:
         self._provider = provider
@@ -49,11 +76,10 @@ class Store:
         """
         return sorted(self._listed(asked), key=_natural)
 
-    def history(self, asked: Asked, name: str, step: int | None = None) -> History:
-        """Return the probes of a run, with the blobs that are nearest to a step (None: the last) in sight.
+    def reading(self, asked: Asked, name: str) -> Reading:
+        """Return a run as it stands now.
 
-        In sight are also the first and the last of each kind, which fixed scales rest on. Nothing but the records is
-        read before somebody looks at an array. Reading records costs 0.1 ms per probe, and later only for new ones.
+        Costs a question to the data server, and 0.1 ms for every probe that has not been read before.
 
         Raises:
             HistoryError: the run is unknown, or all its probes are of a newer schema.
@@ -61,21 +87,11 @@ class Store:
         run = self._run(asked, name)
         with run.lock:
             version = run.source.refresh(asked)
-            if version != run.version:
-                _read(run)
-                run.version = version
+            if run.reading is None or version != run.reading.version:
+                run.reading, run.error = _read(run.source, version, run.reading)
             if run.error:
                 raise HistoryError(run.error)
-            history = run.history
-        return History(_opened(run.source, history, step), history.notes, history.prefix)
-
-    def version(self, asked: Asked, name: str) -> str:
-        """Return what changes when probes come; see `history` for what it raises."""
-        return self._run(asked, name).source.refresh(asked)
-
-    def stored(self, asked: Asked, name: str, blob: str) -> list[int]:
-        """Return the steps of the probes that hold a blob; only its keys are read."""
-        return [step for step, _ in self._run(asked, name).source.stored(blob)]
+            return run.reading
 
     def _run(self, asked: Asked, name: str) -> _Run:
         with self._lock:
@@ -108,27 +124,29 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _read(run: _Run) -> None:
-    """Put the probes of a run in order; those that were read before are not taken apart again."""
-    probes: dict[Key, LazySnapshot] = {}
+def _read(source: Source, version: str, before: Reading | None) -> tuple[Reading, str]:
+    """Return the probes of a run in order, and why there are none.
+
+    What was read before is not taken apart again.
+    """
+    known = {probe.key: probe for probe in before.probes} if before else {}
+    probes: list[LazySnapshot] = []
     damaged: list[str] = []
     newer: list[str] = []
-    for datum in run.source.records():
-        key = datum.step, datum.wall_time
+    for datum in source.records():
         try:
-            probes[key] = run.probes.get(key) or _probe(run.source, datum)
+            probes.append(known.get((datum.step, datum.wall_time)) or _probe(source, datum))
         except DamagedRecordError as error:
             damaged.append(str(error))
         except HistoryError as error:
             newer.append(str(error))
-    kept, notes = _stitched(probes.values())
-    run.probes = {probe.key: probe for probe in kept}
-    run.error = newer[0] if newer and not kept else ""
+    kept, notes = _stitched(probes)
     if newer:
         notes.append(f"{len(newer)} probes are not shown: {newer[0]}")
     if damaged:
         notes.append(f"{len(damaged)} damaged records were passed over, first: {damaged[0]}")
-    run.history = History(tuple(kept), (*notes, *probe_changes(kept)), run.source.prefix)
+    reading = Reading(version, tuple(kept), (*notes, *probe_changes(kept)), source)
+    return reading, newer[0] if newer and not kept else ""
 
 
 def _probe(source: Source, datum: TensorDatum) -> LazySnapshot:
@@ -159,20 +177,6 @@ def _stitched(probes: Iterable[LazySnapshot]) -> tuple[list[LazySnapshot], list[
             )
         kept.append(probe)
     return kept, notes
-
-
-def _opened(source: Source, history: History, step: int | None) -> tuple[LazySnapshot, ...]:
-    """Return the probes with a few blobs in sight: see `Store.history`."""
-    places = {probe.key: i for i, probe in enumerate(history.snapshots) if isinstance(probe, LazySnapshot)}
-    shown: dict[int, set[str]] = {}
-    for name in BLOBS:
-        stored = [places[key] for key in source.stored(name) if key in places]
-        for i in _chosen([history.snapshots[i].step for i in stored], step):
-            shown.setdefault(stored[i], set()).add(name)
-    probes = [probe for probe in history.snapshots if isinstance(probe, LazySnapshot)]
-    for i, names in shown.items():
-        probes[i] = probes[i].opened(names)
-    return tuple(probes)
 
 
 def _chosen(steps: Sequence[int], step: int | None) -> set[int]:
