@@ -106,7 +106,7 @@ class Page {
     const panels = drawn.filter((entry) => entry.group === group).map((entry) => new Panel(entry, this));
     const table = group === TABLE_OF_MODES ? new Modes(this) : null;
     this.modes = table ?? this.modes;
-    return h("section", { className: "group", id: `group-${slug(group)}` }, h("h2", {}, group, h("small", { textContent: question })),
+    return h("section", { className: "group", id: `group-${slug(group)}` }, h("h2", {}, h("span", { textContent: group }), h("small", { textContent: question })),
       h("div", { className: "grid" }, panels.map((panel) => panel.node), table?.node));
   }
 

@@ -14,6 +14,8 @@ export function dressed(layout, theme, { saved = false } = {}) {
   found.font = { family: "system-ui, Roboto, 'Segoe UI', 'DejaVu Sans', sans-serif", size: 12, ...layout.font, color: ink };
   found.margin = { l: 58, r: 16, t: saved ? 54 : 14, b: 48, ...layout.margin };
   found.legend = { bgcolor: "rgba(0,0,0,0)", ...layout.legend };
+  // Legends that lie flat go to the very bottom, under the title of the axis.
+  if (layout.legend?.orientation === "h") Object.assign(found.legend, { x: 0, xanchor: "left", y: 0, yanchor: "bottom", yref: "container" });
   found.hoverlabel = { namelength: -1, ...layout.hoverlabel };
   if (saved) found.title = { ...layout.title, font: { size: 16 }, x: 0.01, xanchor: "left" };
   else delete found.title;

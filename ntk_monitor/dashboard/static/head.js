@@ -16,9 +16,12 @@ export class Cards extends Live {
   }
 
   async show({ cards }) {
-    this.node.replaceChildren(...cards.map((card) => h("button", { className: `card ${card.light}`, title: `Go to the panels of ${card.group}`, data: { card: card.name },
-      onclick: () => go(card.group) },
-    h("span", { className: "name" }, h("i", { className: "light", title: LIGHTS[card.light] ?? "" }), card.name), h("b", { textContent: card.value }), h("span", { className: "sentence", textContent: card.sentence }))));
+    const open = new Set([...this.node.querySelectorAll("details[open]")].map((one) => one.dataset.card));
+    this.node.replaceChildren(...cards.map((card) => h("details", { className: `card ${card.light}`, open: open.has(card.name), data: { card: card.name } },
+      h("summary", {},
+        h("span", { className: "name" }, h("i", { className: "light", title: LIGHTS[card.light] }), card.name),
+        h("b", { textContent: card.value }), h("span", { className: "sentence", textContent: card.sentence })),
+      h("button", { className: "link", textContent: `see ${card.group}`, onclick: () => go(card.group) }))));
   }
 
   fail(error) { this.node.replaceChildren(h("p", { className: "failed", textContent: error.message })); }
