@@ -23,6 +23,7 @@ APPLICATIONS: tuple[str, ...] = (
     "task_overlap",
     "saliency",
     "neural_ode",
+    "class_interference",
 )
 """Names of the modules that exist, in the order of the chapter they come from."""
 

@@ -1,10 +1,10 @@
 """What the study of tasks says: its words, tables and figures."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from ntk_monitor.applications.heat import heat
 from ntk_monitor.applications.report import Number, Report, Table, Verdict
 from ntk_monitor.applications.tasks import Array, Forgetting, Tasks
 from ntk_monitor.figures.style import BLUE, DIVERGING, GREY, VIRIDIS, Figure, layout_of, line, numbers
@@ -88,42 +88,17 @@ def _loss_table(names: list[str], after: Forgetting, steps: int) -> Table:
 
 def _figures(names: list[str], overlaps: Array, cosines: Array, after: Forgetting, seen: Tasks) -> Mapping[str, Figure]:
     return {
-        "overlap": _heat(
+        "overlap": heat(
             names, overlaps, "Overlap of tasks", "normalised overlap", (0.0, 1.0, VIRIDIS),
             "||K_AB||² / (||K_AA|| ||K_BB||): how much of the parameter space two tasks share. Bright: a step on one "
             "moves the outputs of the other, for better or worse.",
         ),
-        "interference": _heat(
+        "interference": heat(
             names, cosines, "Do tasks help or hurt each other?", "cosine of loss gradients", (-1.0, 1.0, DIVERGING),
             "g_A' K_AB g_B, normalised: red, a step on one task lowers the loss of the other; blue, it raises it.",
         ),
         "forgetting": _scatter(names, after, seen),
     }  # fmt: skip
-
-
-def _heat(
-    names: list[str], values: Array, title: str, unit: str, scale: tuple[float, float, Any], tooltip: str
-) -> Figure:
-    heat = {
-        "type": "heatmap",
-        "x": list(range(len(names))),
-        "y": list(range(len(names))),
-        "z": [numbers(row) for row in values],
-        "zmin": scale[0],
-        "zmax": scale[1],
-        "colorscale": scale[2],
-        "colorbar": {"title": {"text": unit, "side": "right"}},
-        "hovertemplate": "%{y} and %{x}: %{z:.3f}<extra></extra>",
-    }
-    edge = len(names) - 0.5
-    axis: Figure = {"tickvals": list(range(len(names))), "ticktext": names, "constrain": "domain", "showgrid": False}
-    layout = layout_of(
-        title,
-        tooltip,
-        xaxis=axis | {"title": {"text": "task"}, "range": [-0.5, edge]},
-        yaxis=axis | {"title": {"text": "task"}, "range": [edge, -0.5], "scaleanchor": "x"},
-    )
-    return {"data": [heat], "layout": layout}
 
 
 def _scatter(names: list[str], after: Forgetting, seen: Tasks) -> Figure:
