@@ -2,17 +2,21 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any, TypeAlias
 
+from ntk_monitor.cards import cards
 from ntk_monitor.dashboard import drill, payload
 from ntk_monitor.dashboard.query import Query
 from ntk_monitor.dashboard.source import Asked
-from ntk_monitor.dashboard.store import Store
+from ntk_monitor.dashboard.store import Store, nearest
 from ntk_monitor.errors import HistoryError, InputError
+from ntk_monitor.figures.abscissa import Unit, abscissa
 from ntk_monitor.figures.style import kernel_words
 from ntk_monitor.health import findings
 from ntk_monitor.history import History
+from ntk_monitor.mode_table import mode_table
 from ntk_monitor.panels import CATALOGUE, GROUPS, Entry, View, draw
 
 Answer: TypeAlias = Mapping[str, Any] | str
@@ -45,6 +49,8 @@ class Answers:
             "manifest": self.manifest,
             "figure": self.figure,
             "findings": self.findings,
+            "cards": self.cards,
+            "modes": self.modes,
             "mode": self.mode,
             "sample": self.sample,
         }
@@ -106,6 +112,22 @@ class Answers:
         names = ("severity", "rule", "steps", "evidence", "meaning", "advice", "panel")
         return {"findings": [{name: getattr(one, name) for name in names} for one in found]}
 
+    def cards(self, asked: Asked, query: Query) -> Answer:
+        """Return a run in a few numbers with their lights, as it stood at a step."""
+        found = cards(self._store.reading(asked, query.text("run")).history(), _view(query))
+        return {"cards": [asdict(card) for card in found]}
+
+    def modes(self, asked: Asked, query: Query) -> Answer:
+        """Return the table of modes of the probe nearest to a step."""
+        history = self._store.reading(asked, query.text("run")).history()
+        measured = history.measured
+        if not measured:
+            return {"columns": [], "rows": [], "note": "No probe has been measured yet.", "step": None}
+        place = nearest([s.step for s in measured], query.number("step"))
+        table = mode_table(measured[place], measured[place - 1] if place else None, history)
+        columns = [asdict(column) for column in table.columns]
+        return {"columns": columns, "rows": table.rows, "note": table.note, "step": measured[place].step}
+
     def mode(self, asked: Asked, query: Query) -> Answer:
         """Return the samples that load most on a mode, on either side."""
         step, mode = query.number("step"), query.number("mode", 1) or 1
@@ -129,8 +151,8 @@ def manifest(history: History) -> dict[str, Any]:
         "steps": [s.step for s in measured],
         "light_steps": [s.step for s in history.light],
         "launches": [s.step for s in measured if s.forecast_steps.size],
-        "epochs": [s.epoch for s in measured],
-        "times": [s.wall_time for s in measured],
+        "epochs": _places(history, "epoch"),
+        "times": _places(history, "time"),
         "total_steps": int(totals[-1]) if totals else None,
         "kernel": kernel_words(last) if last else "",
         "samples": last.samples if last else 0,
@@ -140,6 +162,13 @@ def manifest(history: History) -> dict[str, Any]:
         "notes": list(history.notes),
         "error": None,
     }
+
+
+def _places(history: History, unit: Unit) -> list[float | None]:
+    """Return where figures draw the measured probes in a unit; None where that is not known."""
+    axis = abscissa(history.snapshots, unit)
+    steps = history.steps.tolist()
+    return [None] * len(steps) if axis.steps is None else [*axis(steps)]
 
 
 def _entry(name: str) -> Entry:

@@ -1,14 +1,14 @@
 """What stands behind a click: the probe samples that load on a mode, and one sample by itself."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ntk_monitor.dashboard.pictures import data_url
+from ntk_monitor.dashboard.store import nearest
 from ntk_monitor.errors import InputError
 from ntk_monitor.history import History
-from ntk_monitor.snapshot import Snapshot
+from ntk_monitor.snapshot import Floats, Snapshot
 
 SHOWN = 8
 """Samples on either side of a mode."""
@@ -26,8 +26,7 @@ def mode(history: History, step: int | None, rank: int) -> dict[str, Any]:
     stored = [s for s in history.measured if s.mode_samples.size]
     if not stored:
         raise InputError("which samples load on a mode was not stored in this run; record it again to see them")
-    wanted = stored[-1].step if step is None else step
-    snapshot = min(stored, key=lambda one: abs(one.step - wanted))
+    snapshot = stored[nearest([s.step for s in stored], step)]
     patterns = snapshot.mode_samples
     if rank > len(patterns):
         raise InputError(f"samples of the first {len(patterns)} modes are stored, got mode {rank}; choose one of them")
@@ -38,8 +37,8 @@ def mode(history: History, step: int | None, rank: int) -> dict[str, Any]:
         "mode": rank,
         "step": snapshot.step,
         "outputs": outputs[rank - 1].tolist() if rank <= len(outputs) else [],
-        "positive": [_loaded(history, snapshot, i, loadings) for i in order[:SHOWN] if loadings[i] > 0],
-        "negative": [_loaded(history, snapshot, i, loadings) for i in order[::-1][:SHOWN] if loadings[i] < 0],
+        "positive": [_loaded(history, snapshot, int(i), loadings) for i in order[:SHOWN] if loadings[i] > 0],
+        "negative": [_loaded(history, snapshot, int(i), loadings) for i in order[::-1][:SHOWN] if loadings[i] < 0],
     }
 
 
@@ -56,8 +55,8 @@ def sample(history: History, index: int) -> dict[str, Any]:
     return _described(history, measured[-1], index)
 
 
-def _loaded(history: History, snapshot: Snapshot, index: int, loadings: Sequence[float]) -> dict[str, Any]:
-    return _described(history, snapshot, int(index)) | {"loading": float(loadings[index])}
+def _loaded(history: History, snapshot: Snapshot, index: int, loadings: Floats) -> dict[str, Any]:
+    return _described(history, snapshot, index) | {"loading": float(loadings[index])}
 
 
 def _described(history: History, snapshot: Snapshot, index: int) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The routes of the tab: read-only, every answer JSON, every failure a sentence."""
 
+import contextlib
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -20,7 +22,7 @@ App: TypeAlias = Callable[..., Any]
 logger = logging.getLogger(__name__)
 
 _JSON = "application/json"
-_QUESTIONS = ("runs", "catalogue", "manifest", "figure", "findings", "mode", "sample")
+_QUESTIONS = ("runs", "catalogue", "manifest", "figure", "cards", "findings", "modes", "mode", "sample")
 
 
 class NTKPlugin(TBPlugin):  # type: ignore[misc]  # tensorboard has no types
@@ -31,6 +33,7 @@ class NTKPlugin(TBPlugin):  # type: ignore[misc]  # tensorboard has no types
     def __init__(self, context: TBContext) -> None:
         self._provider = context.data_provider
         self._routes: dict[str, Callable[[Asked, Query], Any]] = {}
+        self._lock = threading.Lock()
 
     def is_active(self) -> bool:
         """Return False: TensorBoard activates the tab itself where a run holds our data."""
@@ -43,21 +46,36 @@ class NTKPlugin(TBPlugin):  # type: ignore[misc]  # tensorboard has no types
     def get_plugin_apps(self) -> dict[str, App]:
         """Return the routes, below data/plugin/ntk."""
         return {
-            "/index.js": _app(lambda request: _file(request, "index.js")),
+            "/index.js": _app(self._index),
             "/static/*": _app(lambda request: _file(request, request.path.rpartition("/static/")[2])),
             "/plotly.js": _app(_plotly),
             **{f"/{name}": _app(self._question(name)) for name in _QUESTIONS},
         }
 
-    def _question(self, name: str) -> Callable[[wrappers.Request], Any]:
-        def answered(request: wrappers.Request) -> Any:
+    def _index(self, request: wrappers.Request) -> Any:
+        # The page is about to ask; what takes a moment to load is there by then.
+        threading.Thread(target=self._prepare, daemon=True).start()
+        return _file(request, "index.js")
+
+    def _prepare(self) -> None:
+        self._answers()
+        with contextlib.suppress(FileNotFoundError):
+            files.plotly()
+
+    def _answers(self) -> dict[str, Callable[[Asked, Query], Any]]:
+        """Return what answers each question, loaded at the first call."""
+        with self._lock:
             if not self._routes:
                 from ntk_monitor.dashboard.answers import Answers
                 from ntk_monitor.dashboard.store import Store
 
                 self._routes = Answers(Store(self._provider)).routes
+            return self._routes
+
+    def _question(self, name: str) -> Callable[[wrappers.Request], Any]:
+        def answered(request: wrappers.Request) -> Any:
             asked = Asked(context(request.environ), experiment_id(request.environ))
-            answer = self._routes[name](asked, Query(request.args))
+            answer = self._answers()[name](asked, Query(request.args))
             return Respond(request, answer if isinstance(answer, str) else payload.text(answer), _JSON)
 
         return answered

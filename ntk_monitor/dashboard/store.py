@@ -37,8 +37,10 @@ class Reading:
         shown: dict[int, set[str]] = {}
         for name in self.source.blobs:
             stored = [places[key] for key in self.source.stored(name) if key in places]
-            for i in _chosen([self.probes[i].step for i in stored], step):
-                shown.setdefault(stored[i], set()).add(name)
+            if stored:
+                chosen = stored[nearest([self.probes[i].step for i in stored], step)]
+                for i in (stored[0], chosen, stored[-1]):
+                    shown.setdefault(i, set()).add(name)
         probes = list(self.probes)
         for i, names in shown.items():
             probes[i] = probes[i].opened(names)
@@ -179,9 +181,6 @@ def _stitched(probes: Iterable[LazySnapshot]) -> tuple[list[LazySnapshot], list[
     return kept, notes
 
 
-def _chosen(steps: Sequence[int], step: int | None) -> set[int]:
-    """Return the places of the first, the last and the one nearest to a step (the earlier of two as near)."""
-    if not steps:
-        return set()
-    nearest = len(steps) - 1 if step is None else min(range(len(steps)), key=lambda i: abs(steps[i] - step))
-    return {0, nearest, len(steps) - 1}
+def nearest(steps: Sequence[int], step: int | None) -> int:
+    """Return the place of the step nearest to one, the earlier of two as near; None: the last place."""
+    return len(steps) - 1 if step is None else min(range(len(steps)), key=lambda i: abs(steps[i] - step))
