@@ -18,6 +18,7 @@ APPLICATIONS: tuple[str, ...] = (
     "learning_speed",
     "initialization",
     "activations",
+    "residual",
     "dropout",
     "geometry",
     "task_overlap",
