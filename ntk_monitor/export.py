@@ -27,7 +27,8 @@ SUFFIXES: dict[str, str] = {"json": ".json", "csv": ".csv", "parquet": ".parquet
 
 _PLAIN = tuple(f.name for f in fields(Snapshot) if f.name not in ARRAYS)
 _GROUPS = {"metrics": "", "facts": "", "texts": "text_", "seconds": "seconds_"}
-_NAMES = ("layers", "directions")
+_LISTS = {"layers": ",", "directions": ",", "sample_texts": "\n"}
+"""What stands between the words of a list in one cell."""
 
 
 def export(history: History, path: str | os.PathLike[str], kind: str) -> Path:
@@ -102,7 +103,7 @@ def _flat(snapshot: Snapshot) -> Iterator[tuple[str, Any]]:
         if name in _GROUPS:
             yield from ((f"{_GROUPS[name]}{key}", item) for key, item in value.items())
         else:
-            yield name, ",".join(value) if name in _NAMES else value
+            yield name, _LISTS[name].join(value) if name in _LISTS else value
 
 
 def _whole(snapshot: Snapshot) -> dict[str, Any]:
