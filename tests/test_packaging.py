@@ -99,8 +99,16 @@ def test_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
 
     modules = {name for name in names if ".dist-info/" not in name}
-    assert {Path(name).parent.as_posix().replace("/", ".") for name in modules} == set(_declared())
+    folders = {Path(name).parent.as_posix().replace("/", ".") for name in modules}
+    assert folders - {"ntk_monitor.dashboard.static"} == set(_declared())
     assert "ntk_monitor/py.typed" in modules
+    # The page of the tab is no Python, which a build leaves out unless it is told.
+    assert "ntk_monitor/dashboard/static/index.js" in modules
+    for folder in ("dashboard/static", "report"):
+        files = {
+            f"ntk_monitor/{folder}/{path.name}" for path in (ROOT / "ntk_monitor" / folder).iterdir() if path.is_file()
+        }
+        assert files <= modules
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -128,6 +136,48 @@ print(attempts)
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_import_without_the_heavy_ones(module: str, tmp_path: Path) -> None:
     assert _python(IMPORT_WITHOUT.format(module=module, blocked=HEAVY), tmp_path) == "[]"
+
+
+# TensorBoard calls it unguarded: an entry point that fails to load keeps all of TensorBoard from starting.
+TENSORBOARD = """
+import sys
+from importlib.metadata import entry_points
+(ours,) = [one for one in entry_points(group="tensorboard_plugins") if one.name == "ntk"]
+before = set(sys.modules)
+loader = ours.load()
+print(loader.__name__, sorted(m for m in set(sys.modules) - before if m.startswith("ntk_monitor")))
+"""
+
+
+def test_tensorboard_finds_the_tab_and_loads_next_to_nothing(tmp_path: Path) -> None:
+    loaded = "['ntk_monitor', 'ntk_monitor.dashboard', 'ntk_monitor.dashboard.loader']"
+    assert _python(TENSORBOARD, tmp_path) == f"NTKLoader {loaded}"
+    (ours,) = PROJECT["project"]["entry-points"]["tensorboard_plugins"].items()
+    assert ours == ("ntk", "ntk_monitor.dashboard.loader:NTKLoader")
+
+
+# What the tab imports later, when the first question comes, is as light as what it imports at the start.
+ANSWERED = (
+    IMPORT_WITHOUT
+    + """
+from tensorboard.plugins.base_plugin import TBContext
+from werkzeug.test import Client
+
+class Empty:
+    def list_tensors(self, *_, **__):
+        return {{}}
+
+plugin = sys.modules["ntk_monitor.dashboard.loader"].NTKLoader().load(TBContext(data_provider=Empty()))
+apps = plugin.get_plugin_apps()
+print([Client(apps["/" + route]).get("/").status_code for route in ("catalogue", "runs", "manifest")])
+print(attempts, sorted(set(sys.modules) & set({blocked})))
+"""
+)
+
+
+def test_the_tab_answers_without_the_heavy_ones(tmp_path: Path) -> None:
+    code = ANSWERED.format(module="ntk_monitor.dashboard.loader", blocked=HEAVY)
+    assert _python(code, tmp_path).splitlines() == ["[]", "[200, 200, 400]", "[] []"]
 
 
 def test_the_front_door_imports_nothing_heavy(tmp_path: Path) -> None:
