@@ -1,5 +1,6 @@
 """Weights of a checkpoint into a model: prefixes found and told, everything that does not fit listed."""
 
+import sys
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -61,7 +62,7 @@ def matched(
         CheckpointError: see `apply`.
     """
     own = model.state_dict()
-    found, notes = _renamed(weights, own)
+    found, notes = _renamed(_hub(model, weights, own), own)
     missing = sorted(set(own) - set(found) - _shared(model, set(found)))
     unexpected = sorted(set(found) - set(own))
     if missing or unexpected:
@@ -91,6 +92,18 @@ def matched(
     if cast:
         notes = (*notes, f"weights are converted: {', '.join(cast).replace('torch.', '')}")
     return found, notes
+
+
+def _hub(model: nn.Module, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return weights that transformers stored under the names of an older release under those of the model."""
+    # Looked up, not imported: whoever holds one of its models has loaded it. Before its release 5 there is none.
+    loading = sys.modules.get("transformers.core_model_loading")
+    revert = getattr(loading, "revert_weight_conversion", None)
+    if revert is None or not hasattr(model, "save_pretrained") or set(weights) == set(own):
+        return weights
+    names = {id(value): name for name, value in own.items()}
+    stored = {old: names[id(value)] for old, value in revert(model, dict(own)).items() if id(value) in names}
+    return {stored.get(name, name): value for name, value in weights.items()}
 
 
 def _renamed(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -127,10 +127,13 @@ def component_steps(vectors: Array, times: Array, component: ArrayLike, left: fl
     if weights[never].sum() >= left**2:
         return math.inf
 
-    def remains(t: float) -> float:
-        return float(weights[never].sum() + (weights[~never] * left ** (2 * t / times[~never])).sum())
+    # A mode that one step takes away whole has a time of 0 and is gone from the start.
+    kept, slow = weights[~never & (times > 0)], times[~never & (times > 0)]
 
-    low, high = 0.0, float(times[~never].max())
+    def remains(t: float) -> float:
+        return float(weights[never].sum() + (kept * left ** (2 * t / slow)).sum())
+
+    low, high = 0.0, float(slow.max(initial=0.0))
     while remains(high) > left**2:
         high *= 2
     for _ in range(60):

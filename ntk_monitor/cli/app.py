@@ -174,8 +174,8 @@ def _answer(name: str, module: ModuleType, options: dict[str, Any]) -> "Report":
     _refuse_unknown(name, module.study, given)
     subject, samples, states = _subject(options)
     offered = {"seed": options["seed"], **_machine(), **({"states": states} if len(states) > 1 else {})}
-    values = {"model": subject, "x": samples.inputs, "y": samples.targets, **given, **_settings(options)}
-    return _asked(name, module.study, values, offered)
+    values = {"model": subject, "x": _bare(subject, samples.inputs), "y": samples.targets}
+    return _asked(name, module.study, values | given | _settings(options), offered)
 
 
 def _asked(
@@ -265,6 +265,14 @@ def _subject(options: dict[str, Any]) -> tuple[Any, Any, dict[str, Mapping[str, 
 
 
 _SAMPLES = 64
+
+
+def _bare(model: Any, inputs: Any) -> Any:
+    """Return the only tensor of a mapping by itself where the model takes it first: some studies move their inputs."""
+    if not isinstance(inputs, Mapping) or len(inputs) != 1:
+        return inputs
+    name, value = next(iter(inputs.items()))
+    return value if name == next(iter(inspect.signature(model.forward).parameters), None) else inputs
 
 
 def _fresh(wish: Any) -> tuple[Any, tuple[str, ...]]:

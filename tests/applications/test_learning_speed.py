@@ -111,6 +111,11 @@ def test_components_take_as_long_as_the_modes_they_consist_of() -> None:
     times = time_to_learn(values, 1.0, scale=1.0)
     assert component_steps(vectors, times, vectors[:, 2]) == pytest.approx(times[2])
     assert math.isinf(component_steps(vectors, times, vectors[:, 4]))
+    # A mode that the first step takes away whole delays nothing.
+    whole = time_to_learn([1.0, 0.5], 1.0, scale=1.0)
+    assert component_steps(np.eye(2), whole, [1.0, 0.0]) == pytest.approx(0, abs=1e-9)
+    assert component_steps(np.eye(2), whole, [1.0, 1e-9]) == pytest.approx(0, abs=1e-9)
+    assert component_steps(np.eye(2), whole, [1.0, 1.0]) == pytest.approx(math.log(math.sqrt(0.02)) / math.log(0.5))
     mixed = vectors[:, 1] + 2 * vectors[:, 3]
     steps = component_steps(vectors, times, mixed)
     path = predict_modes(vectors.T @ mixed, values, [1.0] * (math.ceil(steps) + 1), scale=1.0)
