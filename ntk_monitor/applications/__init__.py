@@ -24,6 +24,7 @@ APPLICATIONS: tuple[str, ...] = (
     "task_overlap",
     "saliency",
     "neural_ode",
+    "lazy_or_rich",
     "class_interference",
 )
 """Names of the modules that exist, in the order of the chapter they come from."""

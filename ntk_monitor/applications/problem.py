@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntk_monitor.batch import Batch, mapped, size, take, tensored
 from ntk_monitor.errors import InputError
@@ -61,18 +62,23 @@ class Problem:
         return train.reshape(rows, rows).cpu().numpy(), cross.reshape(-1, rows).cpu().numpy()
 
     def weights_pushed(self, x: Batch) -> Array:
-        """Return J θ (samples, C), the change of the outputs per unit of a uniform growth of all trainable weights.
+        """Return J θ (samples, C), the change of the outputs per unit of a uniform growth of all trainable weights."""
+        return self.pushed(x, [p.detach() for p in self.model.parameters() if p.requires_grad])
+
+    def pushed(self, x: Batch, direction: Sequence[Tensor]) -> Array:
+        """Return J v (samples, C), the change of the outputs per unit of a step along v, one tensor per trained weight.
 
         Cost: two backward passes, the second through the first.
         """
         weights = [p for p in self.model.parameters() if p.requires_grad]
-        f = _outputs(self.model, x, self.forward)
-        along = torch.zeros_like(f, requires_grad=True)
-        gradients = torch.autograd.grad(f, weights, along, create_graph=True, allow_unused=True)
-        found: list[Tensor | None] = list(gradients)
-        terms = [(g * p.detach()).sum() for g, p in zip(found, weights, strict=True) if g is not None]
-        pushed = torch.stack(terms).sum()
-        return np.asarray(torch.autograd.grad(pushed, along)[0].cpu().numpy())
+        # The fused kernels of attention have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            f = _outputs(self.model, x, self.forward)
+            along = torch.zeros_like(f, requires_grad=True)
+            gradients = torch.autograd.grad(f, weights, along, create_graph=True, allow_unused=True)
+            found: list[Tensor | None] = list(gradients)
+            terms = [(g * v).sum() for g, v in zip(found, direction, strict=True) if g is not None]
+            return np.asarray(torch.autograd.grad(torch.stack(terms).sum(), along)[0].cpu().numpy())
 
     def descend(  # noqa: PLR0913 - as many as torch.optim.SGD has, and the penalty
         self,
@@ -151,7 +157,7 @@ def problem(
     """
     x, count = tensored(x), size(x)
     if y is None:
-        raise InputError("kernel regression needs targets, got none; pass (inputs, targets)")
+        raise InputError("training needs targets, got none; pass (inputs, targets)")
     if not 0 < held_out < 1 or count < 8:
         raise InputError(f"at least 8 samples and 0 < held_out < 1 are needed, got {count} and {held_out}")
     copied = copy.deepcopy(model).double()

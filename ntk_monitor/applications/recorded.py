@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ntk_monitor.applications import learning_run, stopping_run
+from ntk_monitor.applications import learning_run, regime_run, stopping_run
 from ntk_monitor.applications.report import Report
 from ntk_monitor.errors import InputError
 from ntk_monitor.history import History
@@ -15,6 +15,7 @@ FILE = "report.json"
 FROM_HISTORY: Mapping[str, Callable[[History], Report]] = {
     "early_stopping": stopping_run.from_history,
     "learning_speed": learning_run.from_history,
+    "lazy_or_rich": regime_run.from_history,
 }
 """Applications that can be asked of a history alone."""
 

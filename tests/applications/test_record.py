@@ -104,7 +104,7 @@ def test_a_history_answers_what_it_holds_the_inputs_of() -> None:
     full = History(tuple(training(20, 1, probes=4, loss="mse", every=10)))
     found, notes = of_history(full)
     assert {one.name for one in found} | {note.split()[0] for note in notes} == set(FROM_HISTORY)
-    assert [one.name for one in found] == ["learning_speed"]
+    assert [one.name for one in found] == ["learning_speed", "lazy_or_rich"]
     assert "early_stopping cannot be answered" in notes[0]
     assert of_history(History(()))[0] == []
 
