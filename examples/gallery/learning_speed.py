@@ -28,14 +28,14 @@ def main(quick: bool = False, out: str | Path = "runs/gallery") -> Report:
     # By hand: steps until a mode, and then a function, is down to a tenth.
     values, vectors = np.linalg.eigh(ntk.empirical_ntk(model, x).reshape(count, count).numpy())
     scale = learning_speed.squared_error_scale(count, 1)
-    lr = 1 / (scale * values[-1])
+    lr = 0.5 / (scale * values[-1])
     times = learning_speed.time_to_learn(values, lr, scale=scale)
-    noise = np.random.default_rng(0).standard_normal(count)
-    for name, function in (("is it a one", y.numpy()), ("random labels", noise)):
+    questions = {"is it a one": y.numpy(), "random labels": np.random.default_rng(0).standard_normal(count)}
+    for name, function in questions.items():
         print(f"{name:15s} {learning_speed.component_steps(vectors, times, function):14,.0f} steps to a tenth")
     print()
 
-    report = learning_speed.study(model, x, y, lr=lr, steps=steps, components={"random labels": noise})
+    report = learning_speed.study(model, x, y, lr=lr, steps=steps, components=questions)
     print(report.text())
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / "learning_speed.png").write_bytes(png(report.figures["learning_speed"], 720, 450))
