@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from ntk_monitor import directions
 from ntk_monitor.batch import take
+from ntk_monitor.directions import Direction
 from ntk_monitor.dynamics.flow import Learning, residual_of, times_to_learn
 from ntk_monitor.dynamics.linearise import coupled, linearise
 from ntk_monitor.dynamics.model import Dynamics
 from ntk_monitor.look import Now
-from ntk_monitor.losses import Loss
+from ntk_monitor.losses import Loss, Terms
+from ntk_monitor.modes import Modes
 from ntk_monitor.optimizers import OptimizerState
 from ntk_monitor.probe import Probe
 from ntk_monitor.recipe import FULL_KERNEL_PRODUCTS, Recipe
@@ -120,9 +123,42 @@ def coming(steps: int, state: OptimizerState, ahead: Callable[[int], Array | Non
     return planned
 
 
-def ticks(steps: NDArray[np.int64], loss: Array) -> tuple[NDArray[np.int64], Array]:
-    """Return a forecast of the loss at few enough steps to be stored, denser at first."""
-    if len(steps) <= _TICKS:
-        return steps, loss
-    wanted = np.unique(np.geomspace(1, len(steps), _TICKS).round().astype(int)) - 1
-    return steps[wanted], loss[wanted]
+def ticks(count: int) -> NDArray[np.int64]:
+    """Return which of so many steps of a forecast are stored: few enough, denser at first, the last included."""
+    if count <= _TICKS:
+        return np.arange(count)
+    return np.unique(np.geomspace(1, count, _TICKS).round().astype(np.int64)) - 1
+
+
+def foreseen(
+    outputs: Tensor, loss: Loss, targets: Tensor, modes: Modes, naming: Callable[[Terms], tuple[Direction, ...]]
+) -> tuple[Array, Array]:
+    """Return what simulated outputs leave of the residual.
+
+    Args:
+        outputs: (T, N, C...), of the probe.
+        loss: with a closed form (see `ntk_monitor.losses`).
+        targets: of the probe.
+        modes: of the probe that launched the simulation.
+        naming: loss terms → the directions that a probe with these terms would follow.
+
+    Returns:
+        (T, n) along the modes, in the basis and the loss curvature of the launch, as `Modes.carried`; and (T, D) along
+        the directions in the curvature of each moment, which is how a later probe measures them.
+
+    Cost: T times the loss terms, O(N C²), and T n².
+    """
+    along, named = [], []
+    for f in outputs.double():
+        terms = loss.terms(f, targets)
+        along.append(modes.terms.residual(terms.gradient))
+        if following := naming(terms):
+            named.append(directions.residuals(following, terms.residual()))
+    return np.stack(along) @ modes.vectors, np.stack(named) if named else np.empty((len(along), 0))
+
+
+def band_energies(along: Array, masks: Mapping[str, NDArray[np.bool_]]) -> Array:
+    """Return the energy of residuals (T, n) along modes in each of the bands, (T, bands); empty without bands."""
+    if not masks:
+        return np.empty(0)
+    return np.stack([np.square(along[:, mask]).sum(axis=1) for mask in masks.values()], axis=1)

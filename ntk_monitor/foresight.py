@@ -2,17 +2,20 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from ntk_monitor.bands import residual_out_of_reach
+from ntk_monitor.bands import reach, residual_out_of_reach
 from ntk_monitor.directions import Direction, matrix
 from ntk_monitor.errors import NTKMonitorError, said
-from ntk_monitor.forecasting import coming, horizon, learned, linearised, ticks
+from ntk_monitor.forecasting import band_energies, coming, foreseen, horizon, learned, linearised, ticks
 from ntk_monitor.look import Now, Outlook
-from ntk_monitor.losses import Loss
+from ntk_monitor.losses import Loss, Terms
+from ntk_monitor.modes import Modes
 from ntk_monitor.optimizers import OptimizerState
 from ntk_monitor.probe import Probe
 from ntk_monitor.recipe import Recipe
@@ -20,6 +23,12 @@ from ntk_monitor.walk import NoForecastError, Path, Scored, everything, scored, 
 
 # A forecast may cost this many times what the kernel of its probe did, but a second is always allowed.
 _PRICE = 4.0
+
+Naming = Callable[[Terms], tuple[Direction, ...]]
+"""Which directions a probe with these loss terms follows."""
+
+# Step, bands of modes, and the modes of the probe that made the last forecast.
+_Launch = tuple[int, dict[str, NDArray[np.bool_]], Modes]
 
 # A forecast that diverged missed by infinitely much, which no record can hold.
 _WORST = 100.0
@@ -35,14 +44,18 @@ class Foresight:
         self._interval: int | None = recipe.every_n_steps
         self._step: int | None = None
         self._cost: float | None = None
+        self._launch: _Launch | None = None
 
-    def look(self, now: Now, found: Outlook, state: OptimizerState | None, named: Sequence[Direction]) -> None:
+    def look(self, now: Now, found: Outlook, state: OptimizerState | None, naming: Naming) -> None:
         """Score the forecast of the previous probe, then make the next when it is due."""
         self._score(now, found)
+        if now.terms is not None:
+            self.compare(found, now.terms)
         if now.place is not None:
             self._interval = now.place.interval
             due = now.place.index % max(1, self._recipe.forecast_every) == 0
             self._since = self._recipe.forecast_every if due else 0
+            self._launch = None  # a record of a series depends on the one before it alone
         elif self._recipe.every_n_steps is None and self._step is not None:
             self._interval = now.step - self._step
         self._step = now.step
@@ -52,19 +65,26 @@ class Foresight:
         elif self._recipe.forecast_every > 0 and state is not None and now.loss is not None:
             found.saving = self._expected(now)
             if self._since >= self._recipe.forecast_every:
-                self._forecast(now, found, state, now.loss, named)
+                self._forecast(now, found, state, now.loss, naming)
+
+    def compare(self, found: Outlook, terms: Terms) -> None:
+        """Measure the residual in the bands of the last forecast, in the modes and the curvature it was made with."""
+        if self._launch is None:
+            return
+        step, masks, modes = self._launch
+        with np.errstate(all="ignore"):
+            found.arrays["launched_bands"] = band_energies(modes.carried(terms.gradient)[None], masks)[0]
+        found.facts["launch_step"] = float(step)
 
     def handed(self) -> dict[str, Any]:
-        """Return the forecast that the next probe scores."""
-        return {"made": self._made, "made_at": self._step}
+        """Return the forecasts that the next probe scores."""
+        return {"made": self._made, "made_at": self._step, "launch": self._launch}
 
     def take(self, handed: dict[str, Any]) -> None:
         """Take over a forecast that was made before."""
-        self._made, self._step = handed["made"], handed["made_at"]
+        self._made, self._step, self._launch = handed["made"], handed["made_at"], handed["launch"]
 
-    def _forecast(
-        self, now: Now, found: Outlook, state: OptimizerState, loss: Loss, named: Sequence[Direction]
-    ) -> None:
+    def _forecast(self, now: Now, found: Outlook, state: OptimizerState, loss: Loss, naming: Naming) -> None:
         if found.saving > now.affordable:
             found.texts["forecast"] = (
                 f"none yet: one would take about {found.saving:.1g} s, and max_overhead has saved "
@@ -73,7 +93,7 @@ class Foresight:
             return
         start = time.perf_counter()
         self._made = self._walk(now, found, state, loss)
-        self._ahead(now, found, state, named)
+        self._ahead(now, found, state, naming)
         self._since = 0
         found.forecast = self._cost = found.saving = time.perf_counter() - start
 
@@ -124,7 +144,7 @@ class Foresight:
         found.texts["forecast"] = f"from the tangent at this step, {made.reference} training samples and {state.name}"
         return made
 
-    def _ahead(self, now: Now, found: Outlook, state: OptimizerState, named: Sequence[Direction]) -> None:
+    def _ahead(self, now: Now, found: Outlook, state: OptimizerState, naming: Naming) -> None:
         """Simulate to the end of the run: when is each mode and each direction learned, and where the loss goes."""
         steps = horizon(now.step, now.total_steps)
         if not steps or now.modes is None or now.terms is None or now.loss is None:
@@ -136,14 +156,18 @@ class Foresight:
             found.texts["ahead"] = said(error, kind=False)
             return
         projections = {"modes": now.modes.vectors.T}
-        if named:
+        if named := naming(now.terms):
             projections["directions"] = matrix(named)
         rates = coming(steps, state, now.rates_ahead)
         seen = learned(dynamics, rows, now.loss, self._probe.targets, projections, rates, now.clip)
         found.texts["ahead"] = f"from the kernel of this step, {dynamics.driving} training samples and {state.name}"
         times = seen.times["modes"]
-        at, loss = ticks(seen.steps, seen.loss)
-        found.arrays |= {"time_to_learn": times, "forecast_steps": at + now.step, "forecast_loss": loss}
+        at = ticks(len(seen.steps))
+        found.arrays |= {
+            "time_to_learn": times,
+            "forecast_steps": seen.steps[at] + now.step,
+            "forecast_loss": seen.loss[at],
+        }
         if named:
             found.arrays["direction_eta"] = seen.times["directions"]
         if seen.reached == steps:
@@ -151,6 +175,19 @@ class Foresight:
         if now.total_steps is not None:
             share = residual_out_of_reach(now.modes.coordinates**2, times, float(steps))
             found.metrics["residual_out_of_reach"] = share
+        self._bands(now, found, seen.outputs[at], naming)
+
+    def _bands(self, now: Now, found: Outlook, outputs: Tensor, naming: Naming) -> None:
+        """Write down what the simulation leaves of the residual, and remember what to compare it with."""
+        assert now.modes is not None
+        assert now.loss is not None
+        times, left = found.arrays["time_to_learn"], math.nan if now.total_steps is None else now.total_steps - now.step
+        masks = reach(now.modes.rates, now.modes.floor, times, float(left))
+        # Far out probabilities underflow.
+        with np.errstate(all="ignore"):
+            along, named = foreseen(outputs, now.loss, self._probe.targets, now.modes, naming)
+            found.arrays |= {"forecast_bands": band_energies(along, masks), "forecast_directions": named}
+        self._launch = (now.step, masks, now.modes) if masks else None
 
     def _none(self, now: Now, state: OptimizerState | None) -> str:
         """Return why there can be no forecast at all; empty when there can."""

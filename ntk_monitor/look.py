@@ -104,6 +104,7 @@ class Outlook:
     texts: dict[str, str] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
     directions: tuple[str, ...] = ()
+    sample_texts: tuple[str, ...] = ()
     arrays: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     forecast: float = 0.0

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from ntk_monitor.coverage import Forwards, nonzero
 from ntk_monitor.errors import InputError, LossUnknownError, NumericsError, said
-from ntk_monitor.facts import kept_outputs, of_outputs
+from ntk_monitor.facts import of_outputs
+from ntk_monitor.full_record import full_record
 from ntk_monitor.given import listed, probe_of, rates_of, reference_of, table
 from ntk_monitor.guard import random_state
 from ntk_monitor.kernel import Kernel, measured
@@ -30,6 +31,7 @@ from ntk_monitor.metrics import Measured, evaluate
 from ntk_monitor.metrics.measured import mean_over_outputs
 from ntk_monitor.modes import Modes
 from ntk_monitor.outlook import Watch
+from ntk_monitor.portrait import Portrait
 from ntk_monitor.probe import Probe, population_of
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.running import LearningRates, Mean
@@ -109,6 +111,7 @@ class Monitor:
         self._asked: tuple[int, Tier | None] = (0, None)
         self.written: dict[str, float] = {}
         self.place: Place | None = None
+        self.portrait = Portrait(self.probe, strict=self.recipe.strict)
         self._previous: tuple[int, Array, Modes | None] | None = None
 
     def observe(self) -> None:
@@ -228,6 +231,7 @@ class Monitor:
                 seen.facts["clip_coefficient"] = self.clipped.taken()
         else:
             seen = Outlook(texts={"stability": "not measured: the loss was not known yet at this step"})
+        self.portrait.show(seen, raw, terms, modes, self.place)
         seen.texts |= self.words
         lr_steps, lr_values = self.learning_rates.taken()
         self._previous = (raw.step, raw.values, modes)
@@ -240,46 +244,23 @@ class Monitor:
         metrics |= self.schedule.share
         seen.facts["memory_limit"] = float(self._room.limit)
         seen.facts |= self.schedule.begun
-        return Snapshot(
-            step=raw.step,
-            epoch=raw.epoch,
-            wall_time=raw.wall_time,
-            kernel=raw.layout,
-            engine=raw.kernel.engine,
-            engine_reason=raw.kernel.reason,
-            precision=f"{str(raw.kernel.jacobian_dtype).removeprefix('torch.')} Jacobian, float64 Gram",
-            samples=self.probe.samples,
-            outputs=_outputs(raw.predictions),
-            parameters=raw.kernel.parameters,
-            probe=self.probe.hash,
-            probe_source=self.probe.source,
-            noise_floor=raw.spectrum.noise_floor,
-            rank=raw.spectrum.rank,
-            condition_number=raw.spectrum.condition_number,
-            condition_is_lower_bound=raw.spectrum.condition_is_lower_bound,
-            negative=raw.spectrum.negative,
+        return full_record(
+            raw,
+            self.probe,
+            modes,
+            seen,
+            metrics,
             loss=self.loss.name if self.loss else "",
             loss_status=self.loss_status,
             loss_value=terms.value if terms is not None else loss_value(self.loss, self.probe, raw.predictions),
             modes_reason=reason,
-            rates_floor=modes.floor if modes else float("nan"),
             previous_step=previous_step,
-            metrics={name: value for name, value in (metrics | seen.metrics).items() if np.isfinite(value)},
-            facts={name: value for name, value in (raw.coverage.facts() | seen.facts).items() if np.isfinite(value)},
-            texts=raw.coverage.texts() | seen.texts,
-            layers=seen.layers,
-            directions=seen.directions,
             seconds=seconds,
-            eigenvalues=raw.spectrum.eigenvalues,
-            rates=modes.rates if modes else np.empty(0),
-            coordinates=modes.coordinates if modes else np.empty(0),
             carried=carried,
-            predictions=kept_outputs(raw.predictions.reshape(self.probe.samples, -1).numpy()),
             labels=np.empty(0) if labels is None else labels.astype(np.float64),
             lr_steps=np.asarray(lr_steps, dtype=np.float64),
             lr_values=np.asarray(lr_values, dtype=np.float64),
             gram=means[np.ix_(order, order)] if with_gram else np.empty(0),
-            **seen.arrays,
         )
 
     def _now(self, raw: Measurement, terms: Terms | None, modes: Modes | None, labels: NDArray[np.int64] | None) -> Now:
@@ -338,6 +319,8 @@ class Monitor:
         self._watch.refresh(gauge, tuple(rates_of(self.optimizers)))
         self.schedule.done(step, time.perf_counter() - start, "light")
         carried = np.empty(0) if modes is None or terms is None else modes.carried(terms.gradient)
+        if terms is not None:
+            self._watch.compare(seen, terms)
         seen.facts |= of_outputs(outputs, classes(self.probe, self.loss)) | self.schedule.begun
         seen.metrics |= self.schedule.share
         seen.texts |= self.words
@@ -349,6 +332,7 @@ class Monitor:
             loss_status=self.loss_status,
             loss_value=loss_value(self.loss, self.probe, predictions),
             carried=carried,
+            **seen.arrays,
         )
 
     def skipped(self, step: int, error: BaseException | str, epoch: int | None = None) -> Snapshot:

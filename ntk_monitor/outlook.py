@@ -23,8 +23,9 @@ from ntk_monitor.dynamics.updates import blocks, decompose, distance
 from ntk_monitor.dynamics.verdict import SMALL_MOTION
 from ntk_monitor.dynamics.zeros import structural_zeros
 from ntk_monitor.errors import said
-from ntk_monitor.foresight import Foresight
+from ntk_monitor.foresight import Foresight, Naming
 from ntk_monitor.look import Now, Outlook, Since
+from ntk_monitor.losses import Terms
 from ntk_monitor.memory import out_of_memory, release
 from ntk_monitor.metrics import METRICS, NAMES, Measured, evaluate
 from ntk_monitor.noise import NoiseScale, gradient_gram, noise_scale, pooled
@@ -71,7 +72,7 @@ class Watch:
         self._kept: tuple[Kept, Array | None] | None = None
         self._first: Kept | None = None
         self._foresight = Foresight(model, recipe, probe)
-        self._named: tuple[directions.Direction, ...] = ()
+        self._naming: Naming = _nothing
         self._looks = 0
         self._values: Array | None = None
         self._first_values: Array | None = None
@@ -90,7 +91,7 @@ class Watch:
         self._guarded(found, "metrics", lambda: self._registered(now, found))
         self._guarded(found, "updates", lambda: self._updates(now, found))
         self._guarded(found, "directions", lambda: self._directions(now, found))
-        self._guarded(found, "forecast", lambda: self._foresight.look(now, found, state, self._named))
+        self._guarded(found, "forecast", lambda: self._foresight.look(now, found, state, self._naming))
         return found
 
     @property
@@ -103,6 +104,10 @@ class Watch:
         """Take over what a light probe made of the gauge."""
         if gauge is not None:
             self.gauge, self._rates = gauge, rates
+
+    def compare(self, found: Outlook, terms: Terms) -> None:
+        """Compare the residual of a light probe with the last forecast."""
+        self._foresight.compare(found, terms)
 
     def handed(self) -> dict[str, Any]:
         """Return what the next look compares with."""
@@ -306,21 +311,24 @@ class Watch:
 
     def _directions(self, now: Now, found: Outlook) -> None:
         """Follow the user's directions, or the residual of each class or output."""
-        self._named = ()
+        self._naming = _nothing
         if now.modes is None or now.terms is None:
             return
         n, c = now.terms.gradient.shape
-        u = now.terms.residual()
         if self._recipe.directions:
             wanted = {name: np.asarray(w, dtype=np.float64) for name, w in self._recipe.directions.items()}
-            self._named = tuple(directions.pattern(name, w, now.terms.root) for name, w in wanted.items())
+            self._naming = lambda terms: tuple(directions.pattern(name, w, terms.root) for name, w in wanted.items())
         elif groups := directions.default_groups(n, c, now.labels):
-            self._named = directions.parts(groups, u)
+            self._naming = lambda terms: directions.parts(groups, terms.residual())
             found.arrays["interference"] = directions.interference(now.values, now.terms.gradient, groups)
-        if self._named:
-            found.directions = tuple(direction.name for direction in self._named)
-            found.arrays["direction_residual"] = directions.residuals(self._named, u)
-            found.arrays["direction_rate"] = directions.rates(self._named, now.modes.rates, now.modes.vectors)
+        if named := self._naming(now.terms):
+            found.directions = tuple(direction.name for direction in named)
+            found.arrays["direction_residual"] = directions.residuals(named, now.terms.residual())
+            found.arrays["direction_rate"] = directions.rates(named, now.modes.rates, now.modes.vectors)
+
+
+def _nothing(_: Terms) -> tuple[directions.Direction, ...]:
+    return ()
 
 
 def _speeds(model: nn.Module, state: OptimizerState) -> dict[str, Tensor] | None:

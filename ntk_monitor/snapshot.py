@@ -27,7 +27,7 @@ class Snapshot:
     """Everything one probe measured, in numpy float64, with what is needed to judge it.
 
     A skipped probe has `status="skipped"`, the `reason`, and empty arrays. A light one has the scalars that it measured
-    and, of the arrays, only `carried`.
+    and, of the arrays, only `carried` and `launched_bands`.
     """
 
     step: int
@@ -116,6 +116,7 @@ class Snapshot:
     interference: Floats = field(default_factory=_nothing)
     forecast_bands: Floats = field(default_factory=_nothing)
     forecast_directions: Floats = field(default_factory=_nothing)
+    launched_bands: Floats = field(default_factory=_nothing)
     sample_residual: Floats = field(default_factory=_nothing)
     predictions: Floats = field(default_factory=_nothing)
     labels: Floats | Integers = field(default_factory=_nothing)
@@ -207,12 +208,17 @@ ARRAYS: dict[str, Stored] = {
     "forecast_bands": Stored(
         ("tick", "reach_band"),
         "loss units",
-        "residual's energy in each of the bands by time-to-learn of this probe (bands.REACH), forecast from its kernel",
+        "residual's energy in the bands of bands.REACH of this probe, forecast in its modes and curvature",
     ),
     "forecast_directions": Stored(
         ("tick", "direction"),
         "sqrt(loss units)",
         "residual along each named direction, forecast from this probe's kernel",
+    ),
+    "launched_bands": Stored(
+        ("reach_band",),
+        "loss units",
+        "the residual's energy in the bands, modes and curvature of the forecast of facts['launch_step'], as measured",
     ),
     "sample_residual": Stored(
         ("sample",), "sqrt(loss units)", "norm over outputs of each sample's residual; squares sum to the energy of all"
@@ -260,6 +266,7 @@ FACTS: dict[str, str] = {
     "forecast_error_residual": "the same relative to the residual, fraction",
     "explained_error": "error of the same simulation with the mean of both kernels, relative to the motion, fraction",
     "buffers_change": "change of the outputs by buffers alone since the previous probe, relative to the motion",
+    "launch_step": "step of the probe whose forecast launched_bands is to be compared with, optimizer steps",
     "loss_remaining": "forecast loss at the planned end of the run, loss units",
     "noise_scale_bound": "lower bound of the noise scale where it is not resolved, samples",
     "k90": "modes of K that hold nine tenths of the centred targets' energy, modes",
@@ -302,6 +309,7 @@ TEXTS: dict[str, str] = {
     "layers": "why traces by layer were not measured",
     "directions": "why no directions are followed",
     "metrics": "why the metrics of the registry were not evaluated",
+    "samples": "why what concerns single samples is missing",
     "facts": "why facts about data, outputs and parameters are missing",
     "uncovered": "names of trainable parameters that no optimizer updates",
     "weights": "which weights were measured, where a callback of the trainer keeps an average of them",

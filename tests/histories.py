@@ -76,6 +76,9 @@ def _ahead(k: int) -> dict[str, Any]:
         "forecast_steps": k * EVERY + ticks,
         "forecast_loss": 0.04 + (_loss(k) - 0.04) * 0.985**ticks,
         "forecast_bands": np.stack([energy[:, masks[name]].sum(axis=1) for name in REACH], axis=1),
+        "launched_bands": np.stack([1.1 * (_coordinates(k) ** 2)[masks[name]].sum() for name in REACH])
+        if k
+        else np.empty(0),
         "forecast_directions": np.sqrt(_loss(k)) * left * np.array([1.0, 0.9, 0.8]),
         "direction_eta": np.array([40.0, 60.0, np.inf]),
     }
@@ -115,6 +118,7 @@ def _probe(k: int) -> Snapshot:
             "residual_out_of_reach": 0.05 * k,
         },
         facts={
+            "launch_step": float(step - EVERY) if k else np.nan,
             "lr": 0.05 * (1 + np.cos(np.pi * k / PROBES)),
             "batch_size": 32,
             "total_steps": EVERY * PROBES,

@@ -59,6 +59,7 @@ def probe(step: int, modes: int = 4, **changes: Any) -> Snapshot:
         "interference": generator.normal(size=(3, 3)),
         "forecast_bands": generator.random((2, 4)),
         "forecast_directions": generator.normal(size=(2, 3)),
+        "launched_bands": generator.random(4),
         "sample_residual": generator.random(3),
         "predictions": generator.normal(size=(3, 2)),
         "labels": np.array([0, 1, 1], dtype=np.int32),
