@@ -3,15 +3,17 @@
 The tab, the report and a notebook draw the same panels: a name, some histories and a View give a plain plotly dict.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from ntk_monitor import figures
 from ntk_monitor.errors import InputError
 from ntk_monitor.figures import Figure
-from ntk_monitor.figures.style import empty, kernel_words
+from ntk_monitor.figures.abscissa import Unit, abscissa
+from ntk_monitor.figures.style import empty, kernel_words, nearest
 from ntk_monitor.history import History
+from ntk_monitor.snapshot import Snapshot
 
 GROUPS: dict[str, str] = {
     "learning rate": "Can my learning rate be kept, raised, or must it come down?",
@@ -24,6 +26,10 @@ GROUPS: dict[str, str] = {
 """Groups of panels and the question that each answers; the first five are the `panel` of health findings."""
 
 
+MODES = (1, 2, 4, 8)
+"""Single modes that are drawn when none is chosen."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """What a reader has chosen to look at."""
@@ -32,7 +38,7 @@ class View:
     """Optimizer step that is shown, at the probe nearest to it; None: the last probe."""
     launch: int | None = None
     """Step whose forecast is drawn; None: the last forecast that has probes after it, else the last one."""
-    unit: Literal["step", "epoch", "time"] = "step"
+    unit: Unit = "step"
     """What runs along horizontal axes; "time" is the sum of the learning rates so far."""
     log: bool = True
     mode: int | None = None
@@ -63,96 +69,165 @@ class Entry:
     """True: drawing takes longer than 20 ms on a long history."""
 
 
-def _first(runs: Runs) -> History:
-    return next(iter(runs.values()), History(()))
+def _first(runs: Runs) -> Sequence[Snapshot]:
+    return next((history.snapshots for history in runs.values()), ())
 
 
-def _entry(name: str, group: str, draw: Draw, tells: str, depends: str = "", **more: bool) -> Entry:
-    return Entry(name=name, group=group, draw=draw, tells=tells, depends=frozenset(depends.split()), **more)
+def _all(runs: Runs) -> dict[str, Sequence[Snapshot]]:
+    return {name: history.snapshots for name, history in runs.items()}
 
 
-def _rates(runs: Runs, _: View) -> Figure:
-    history = _first(runs)
-    steps, rates = history.learning_rates
-    return figures.learning_rates(steps.tolist(), rates.tolist(), history[-1].step if len(history) else 0)
+def _rates(runs: Runs, view: View) -> Figure:
+    probes = _first(runs)
+    steps, rates = next(iter(runs.values()), History(())).learning_rates
+    at = abscissa(probes, view.unit)
+    return figures.learning_rates(steps.tolist(), rates.tolist(), probes[-1].step if probes else 0, at)
 
 
 def _decay(runs: Runs, view: View) -> Figure:
-    return figures.mode_decay(_first(runs).snapshots, (1, 2, 3, 5, 9, 16) if view.mode is None else (view.mode,))
+    modes = MODES if view.mode is None else (view.mode,)
+    return figures.mode_decay(_first(runs), modes, view.unit, log=view.log)
 
 
 def _gram(runs: Runs, view: View) -> Figure:
-    stored = [snapshot for snapshot in _first(runs).measured if snapshot.gram.size]
+    stored = [snapshot for snapshot in _first(runs) if snapshot.gram.size]
     if not stored:
         return empty("Kernel between samples", "No Gram matrix was stored.")
-    shown = stored[-1] if view.step is None else min(stored, key=lambda one: abs(one.step - (view.step or 0)))
-    return figures.gram(shown, cosine=True)
+    return figures.gram(nearest(stored, view.step), cosine=True)
 
+
+def _entry(name: str, draw: Draw, tells: str, depends: str = "", **more: bool) -> Entry:
+    return Entry(name=name, group=_GROUP[name], draw=draw, tells=tells, depends=frozenset(depends.split()), **more)
+
+
+_GROUP = {
+    name: group
+    for group, names in {
+        "learning rate": "learning-rate-interval learning-rates",
+        "loss": "loss-forecast forecast-error",
+        "residual": "residual-reach named-residuals residual-bands mode-decay mode-samples sample-residual",
+        "layers": "layer-updates layer-share",
+        "kernel": "spectrum spectrum-over-training alignment kernel-drift gram kernel-map sample-row",
+        "numbers": "scalars",
+    }.items()
+    for name in names.split()
+}
 
 CATALOGUE: tuple[Entry, ...] = (
     _entry(
         "learning-rate-interval",
-        "learning rate",
-        lambda runs, view: figures.learning_rate_interval(_first(runs).snapshots),
-        "By what the learning rate could be multiplied before steps become unstable.",
+        lambda runs, view: figures.learning_rate_intervals(_all(runs), view.unit, log=view.log),
+        "Where the dashed line lies in the green, the learning rate could be raised; in the red for long, lower it.",
+        "unit log",
+        several=True,
     ),
-    _entry("learning-rates", "learning rate", _rates, "The learning rates that the steps really used."),
+    _entry("learning-rates", _rates, "The learning rates that the steps really used.", "unit"),
     _entry(
         "loss-forecast",
-        "loss",
-        lambda runs, view: figures.loss_forecast(_first(runs).snapshots),
-        "Where the loss goes if the kernel stays as it was at the launch.",
+        lambda runs, view: figures.loss_forecast(_first(runs), view.launch, view.unit, log=view.log),
+        "Where the loss goes if the kernel stays as it was at the launch; dots show whether it did.",
+        "launch unit log",
     ),
     _entry(
         "forecast-error",
-        "loss",
-        lambda runs, view: figures.forecast_error(_first(runs).snapshots),
+        lambda runs, view: figures.forecast_error(_first(runs), view.unit, log=view.log),
         "How far forecasts can be believed: 20 % is good, 100 % is no better than forecasting no change.",
+        "unit log",
     ),
     _entry(
         "residual-reach",
-        "residual",
-        lambda runs, view: figures.residual_reach(_first(runs).snapshots),
-        "How much of what is not yet learned the remaining steps will learn.",
-    ),
-    _entry(
-        "residual-bands",
-        "residual",
-        lambda runs, view: figures.residual_bands(_first(runs).snapshots),
-        "Fast parts of the residual go first: what is left moves into slower bands.",
+        lambda runs, view: figures.residual_reach(_first(runs), view.launch, view.unit, log=view.log),
+        "How much of what is not yet learned the steps that are left will learn, and what they will not.",
+        "launch unit log",
     ),
     _entry(
         "named-residuals",
-        "residual",
-        lambda runs, view: figures.named_residuals(_first(runs).snapshots),
+        lambda runs, view: figures.named_residuals(_first(runs), view.launch, view.unit, log=view.log),
         "Which classes or directions are learned, and which lag behind.",
+        "launch unit log",
     ),
-    _entry("mode-decay", "residual", _decay, "How fast single modes really decay.", "mode"),
+    _entry(
+        "residual-bands",
+        lambda runs, view: figures.residual_bands(_first(runs), view.unit),
+        "Fast parts of the residual go first: what is left moves into slower bands.",
+        "unit",
+    ),
+    _entry(
+        "mode-decay",
+        _decay,
+        "How fast single modes decay, beside what the simulation said; click a mode in the table to see it alone.",
+        "mode unit log",
+    ),
+    _entry(
+        "mode-samples",
+        lambda runs, view: figures.mode_samples(_first(runs), view.mode, view.step),
+        "Which samples a mode tells apart: the bars of one colour against those of the other.",
+        "mode step",
+    ),
+    _entry(
+        "sample-residual",
+        lambda runs, view: figures.sample_residual(_first(runs), view.sample, view.unit, log=view.log),
+        "A sample that stays high while the others fall is hard, or its label is wrong.",
+        "sample unit log",
+    ),
     _entry(
         "layer-updates",
-        "layers",
-        lambda runs, view: figures.layer_updates(_first(runs).snapshots),
-        "Which layers' steps moved the outputs.",
+        lambda runs, view: figures.layer_updates(_first(runs), view.step, view.unit),
+        "Which layers' steps really moved the outputs, whatever the optimizer did.",
+        "step unit",
+    ),
+    _entry(
+        "layer-share",
+        lambda runs, view: figures.layer_share(_first(runs), view.unit),
+        "Which layers the optimizer's steps could move the outputs by.",
+        "unit",
     ),
     _entry(
         "spectrum",
-        "kernel",
-        lambda runs, view: figures.spectrum(_first(runs).snapshots, view.step),
-        "How unevenly the kernel spreads its strength over directions.",
-        "step",
+        lambda runs, view: figures.spectra(_all(runs), view.step, log=view.log),
+        "How unevenly the kernel spreads its strength: steep is a few fast directions and many slow ones.",
+        "step log",
+        several=True,
     ),
     _entry(
         "spectrum-over-training",
-        "kernel",
-        lambda runs, view: figures.spectrum_over_training(_first(runs).snapshots),
+        lambda runs, view: figures.spectrum_over_training(_first(runs), view.step, view.unit),
         "Whether the kernel grows, and which directions stand above rounding noise.",
+        "step unit",
     ),
-    _entry("gram", "kernel", _gram, "Which samples learn together, and which against each other.", "step"),
+    _entry(
+        "alignment",
+        lambda runs, view: figures.alignment(_all(runs), view.unit),
+        "Rising: the network learns features in which samples of one target belong together.",
+        "unit",
+        several=True,
+    ),
+    _entry(
+        "kernel-drift",
+        lambda runs, view: figures.kernel_drift(_all(runs), view.unit, log=view.log),
+        "Near 0 the kernel is frozen and forecasts hold long; large values are features being learned.",
+        "unit log",
+        several=True,
+    ),
+    _entry("gram", _gram, "Red: samples that learn together. Blocks along the diagonal are classes.", "step"),
+    _entry(
+        "kernel-map",
+        lambda runs, view: figures.kernel_map(_first(runs), view.step),
+        "Clouds of one colour that come apart: the kernel tells the classes apart. Click a sample for its row.",
+        "step",
+        heavy=True,
+    ),
+    _entry(
+        "sample-row",
+        lambda runs, view: figures.sample_row(_first(runs), view.sample, view.step),
+        "Who learns with this sample: above 0 a step on one helps the other.",
+        "sample step",
+    ),
     _entry(
         "scalars",
-        "numbers",
-        lambda runs, view: figures.scalars(_first(runs).snapshots),
+        lambda runs, view: figures.scalars(_first(runs), view.unit),
         "The numbers that loggers and callbacks see.",
+        "unit",
         wide=True,
     ),
 )
@@ -177,6 +252,6 @@ def draw(name: str, runs: Runs, view: View | None = None) -> Figure:
     if name not in _BY_NAME:
         raise InputError(f"no panel is called {name!r}; choose one of {', '.join(_BY_NAME)}")
     figure = _BY_NAME[name].draw(runs, view or View())
-    last = next((one for one in reversed(_first(runs).snapshots) if one.status == "measured"), None)
+    last = next((one for one in reversed(_first(runs)) if one.status == "measured"), None)
     figure["layout"]["meta"] = {"kernel": kernel_words(last) if last else ""} | figure["layout"].get("meta", {})
     return figure

@@ -1,11 +1,12 @@
 """A plotly dict becomes PNG bytes, drawn by matplotlib: no browser, no pyplot, no global state.
 
-Covers what `ntk_monitor.figures` uses: scatter (lines, markers, stacked areas), stacked bars, heat maps with a colour
-bar, linear, logarithmic and category axes placed by domain, line shapes, annotations, titles and legends. Sizes are
-pixels, as in plotly. Anything else in the dict is ignored, never an error.
+Covers what `ntk_monitor.figures` uses: scatter (lines, markers, stacked areas, areas between lines), stacked bars, heat
+maps with a colour bar, linear, logarithmic and category axes placed by domain, lines and stripes, annotations, titles
+and legends. Sizes are pixels, as in plotly. Anything else in the dict is ignored, never an error.
 """
 
 import gc
+import html
 import io
 import re
 import textwrap
@@ -30,7 +31,15 @@ _SMALL = 500
 
 def _plain(text: str) -> str:
     """Return plotly's little HTML as text: line breaks kept, other tags dropped."""
-    return re.sub(r"<[^>]*>", "", text.replace("<br>", "\n"))
+    return html.unescape(re.sub(r"<[^>]*>", "", text.replace("<br>", "\n")))
+
+
+def _shade(colour: Any) -> Any:
+    """Return a colour as matplotlib reads it: "rgba(r, g, b, a)" becomes four fractions."""
+    if not str(colour).startswith("rgba("):
+        return colour
+    red, green, blue, opacity = (float(part) for part in str(colour)[5:-1].split(","))
+    return red / 255, green / 255, blue / 255, opacity
 
 
 def _floats(values: Sequence[Any]) -> NDArray[np.float64]:
@@ -80,7 +89,8 @@ class _Page:
         self.area = Bbox.from_bounds(0.1, 0.1, 0.8, 0.8)
         self.paper = BboxTransformTo(TransformedBbox(self.area, canvas.transFigure))
         self.axes: dict[tuple[str, str], Axes] = {}
-        self.stacks: dict[tuple[str, str, str], NDArray[np.float64]] = {}
+        self.stacks: dict[tuple[str, ...], NDArray[np.float64]] = {}
+        self.last: dict[tuple[str, str], NDArray[np.float64]] = {}
 
     def size(self, pixels: float) -> float:
         """Return pixels as points."""
@@ -154,13 +164,19 @@ class _Page:
         axes, line = self.at(trace), trace.get("line", {})
         x, y = _floats(trace.get("x", ())), _floats(trace.get("y", ()))
         colour, mode, name = line.get("color", "#2a78c2"), trace.get("mode", "lines"), self._label(trace)
+        pair = (trace.get("xaxis", "x"), trace.get("yaxis", "y"))
         if "stackgroup" in trace:
-            pair = (trace.get("xaxis", "x"), trace.get("yaxis", "y"), trace["stackgroup"])
-            base = self.stacks.get(pair, np.zeros(y.shape))
-            self.stacks[pair] = base + np.nan_to_num(y)
-            axes.fill_between(x, base, self.stacks[pair], color=trace.get("fillcolor", colour), linewidth=0, label=name)
+            stack = (*pair, trace["stackgroup"])
+            base = self.stacks.get(stack, np.zeros(y.shape))
+            self.stacks[stack] = base + np.nan_to_num(y)
+            axes.fill_between(
+                x, base, self.stacks[stack], color=trace.get("fillcolor", colour), linewidth=0, label=name
+            )
             axes.margins(x=0)
             return
+        if trace.get("fill") == "tonexty" and len(self.last.get(pair, ())) == len(y):
+            axes.fill_between(x, self.last[pair], y, color=_shade(trace["fillcolor"]), linewidth=0)
+        self.last[pair] = y
         marker = trace.get("marker", {})
         axes.plot(
             x,
@@ -170,19 +186,25 @@ class _Page:
             linewidth=self.size(line.get("width", 2)),
             marker="o" if "markers" in mode else "none",
             markersize=self.size(marker.get("size", 6)),
-            markerfacecolor=marker.get("color", colour),
+            markerfacecolor=shade if isinstance(shade := marker.get("color"), str) else colour,
             markeredgecolor="none",
+            alpha=trace.get("opacity"),
             label=name,
         )
 
     def bar(self, trace: dict[str, Any]) -> None:
-        axes, y = self.at(trace), np.nan_to_num(_floats(trace.get("y", ())))
+        axes, across = self.at(trace), trace.get("orientation") == "h"
+        length = np.nan_to_num(_floats(trace.get("x" if across else "y", ())))
         pair = (trace.get("xaxis", "x"), trace.get("yaxis", "y"), "bar")
-        base = self.stacks.get(pair, np.zeros(y.shape))
-        self.stacks[pair] = base + y
+        base = self.stacks.get(pair, np.zeros(length.shape))
+        self.stacks[pair] = base + length
         colour = trace.get("marker", {}).get("color", "#2a78c2")
-        axes.bar(list(trace.get("x", ())), y, bottom=base, color=colour, width=0.4, label=self._label(trace))
-        axes.set_xlim(-0.8, y.size - 0.2)
+        names = [_plain(str(name)) for name in trace.get("y" if across else "x", ())]
+        if across:
+            axes.barh(names, length, left=base, color=colour, height=0.6, label=self._label(trace))
+        else:
+            axes.bar(names, length, bottom=base, color=colour, width=0.4, label=self._label(trace))
+            axes.set_xlim(-0.8, length.size - 0.2)
 
     def heatmap(self, trace: dict[str, Any]) -> None:
         from matplotlib.colors import LinearSegmentedColormap
@@ -213,10 +235,16 @@ class _Page:
         return _plain(str(trace.get("name", ""))) if trace.get("showlegend", True) else "_hidden"
 
     def shape(self, shape: dict[str, Any]) -> None:
-        if shape.get("type") == "line":
-            axes, line = self.at({"xaxis": shape.get("xref", "x"), "yaxis": shape.get("yref", "y")}), shape["line"]
-            ends = [shape["x0"], shape["x1"]], [shape["y0"], shape["y1"]]
-            axes.plot(*ends, color=line.get("color", _INK), linewidth=self.size(line.get("width", 1)), label="_shape")
+        axes, line = self.at({"xaxis": shape.get("xref", "x"), "yaxis": "y"}), shape.get("line", {})
+        if shape.get("yref") == "paper" and shape.get("type") == "rect":
+            axes.axvspan(shape["x0"], shape["x1"], color=_shade(shape["fillcolor"]), linewidth=0, zorder=0)
+            return
+        dash, width = _DASHES.get(line.get("dash", "solid"), "-"), self.size(line.get("width", 1))
+        look: dict[str, Any] = {"color": line.get("color", _INK), "linestyle": dash, "linewidth": width}
+        if shape.get("yref") == "paper":
+            axes.axvline(shape["x0"], **look)
+        elif shape.get("type") == "line":
+            axes.plot([shape["x0"], shape["x1"]], [shape["y0"], shape["y1"]], label="_shape", **look)
 
     def annotation(self, note: dict[str, Any]) -> None:
         from matplotlib.transforms import offset_copy

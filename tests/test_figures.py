@@ -104,7 +104,7 @@ def test_spectrum_over_training_is_log10_with_the_unresolved_blank() -> None:
 def test_spectrum_over_training_stays_small() -> None:
     history = [replace(snapshot(100, 3), step=step) for step in range(2)] * 200
     heat = figures.spectrum_over_training(history)["data"][0]
-    assert (len(heat["x"]), heat["y"][0], heat["y"][-1]) == (250, 1, 300)
+    assert (len(heat["x"]), heat["y"][0], heat["y"][-1]) == (200, 1, 300)
     assert len(heat["y"]) == len(heat["z"]) <= 128
 
 

@@ -15,6 +15,15 @@ def _classes(snapshot: Snapshot) -> tuple[Floats, Floats] | None:
     return values.astype(np.float64), counts.astype(np.float64)
 
 
+def centred_cosines(matrix: Floats) -> Floats:
+    """Return a Gram matrix without what all samples share, as cosines; NaN where a sample is like the mean of all."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        centred = matrix - matrix.mean(axis=0) - matrix.mean(axis=1)[:, None] + matrix.mean()
+        scale = np.sqrt(np.diag(centred))
+        cosines: Floats = centred / scale[:, None] / scale
+    return cosines
+
+
 def gram(snapshot: Snapshot, *, cosine: bool = False, limit: float | None = None) -> Figure:
     """Return the Gram matrix of one probe, samples sorted by class, with a line between classes.
 
@@ -30,10 +39,7 @@ def gram(snapshot: Snapshot, *, cosine: bool = False, limit: float | None = None
     title = "Kernel between samples"
     matrix, unit = snapshot.gram, f"mean over outputs of K<br>({ARRAYS['gram'].unit})"
     if cosine and matrix.size:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            matrix = matrix - matrix.mean(axis=0) - matrix.mean(axis=1)[:, None] + matrix.mean()
-            scale = np.sqrt(np.diag(matrix))
-            matrix, unit, limit = matrix / scale[:, None] / scale, "cosine of the centred kernel", limit or 1.0
+        matrix, unit, limit = centred_cosines(matrix), "cosine of the centred kernel", limit or 1.0
     if snapshot.gram.ndim != 2 or snapshot.gram.size == 0 or not np.isfinite(matrix).any():
         return empty(title, "No Gram matrix was stored at this step.")
     finite = np.abs(matrix[np.isfinite(matrix)])
@@ -65,13 +71,15 @@ def gram(snapshot: Snapshot, *, cosine: bool = False, limit: float | None = None
         "type": "heatmap",
         "x": list(range(n)),
         "y": list(range(n)),
-        "z": [numbers(row) for row in matrix],
+        # Three digits are more than colours tell.
+        "z": [numbers(row.round(3) if cosine else row) for row in matrix],
         "zmin": -extent,
         "zmax": extent,
         "colorscale": DIVERGING,
         "colorbar": {"title": {"text": unit, "side": "right"}},
         "hovertemplate": "samples %{y} and %{x}: %{z:.4g}<extra></extra>",
     }
+    order = shown_order(snapshot.labels, snapshot.samples or n)
     layout = layout_of(
         f"{title}, step {snapshot.step}",
         f"Mean over outputs of the {kernel_words(snapshot)}{about}. Colours end at ±{extent:.3g}.",
@@ -79,4 +87,6 @@ def gram(snapshot: Snapshot, *, cosine: bool = False, limit: float | None = None
         yaxis=axis | {"title": {"text": word}, "range": [n - 0.5, -0.5], "scaleanchor": "x"},
         shapes=shapes,
     )
+    # Which sample of the probe stands at each place, for a page that opens the one that is clicked.
+    layout["meta"] |= {"click": "sample", "order": order.tolist() if len(order) == n else list(range(n))}
     return {"data": [heat], "layout": layout}

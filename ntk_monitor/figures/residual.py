@@ -1,41 +1,47 @@
-"""What is left to learn: the residual by speed of learning, and in single modes."""
+"""What is left to learn: the residual by speed of learning, and by when the run will have learned it."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ntk_monitor.bands import NAMES, REACH, band_energy, bands, reach_energy
+from ntk_monitor.bands import NAMES, REACH, band_energy, bands, reach, reach_energy, remaining_steps
+from ntk_monitor.figures.abscissa import Unit, abscissa
+from ntk_monitor.figures.launch import SHADED, doubtful, launched, launches, marks
 from ntk_monitor.figures.style import (
     BAND_COLOURS,
-    MODE_COLOURS,
-    STEPS,
     Figure,
     empty,
     layout_of,
     line,
-    log_axis,
     measured,
     note,
     numbers,
+    series,
+    thinned,
+    value_axis,
 )
-from ntk_monitor.snapshot import ARRAYS, Snapshot
+from ntk_monitor.snapshot import Floats, Snapshot
 
-_REACH_COLOURS = ("#2e9e55", "#9fd3a8", "#e07b00", "#b0b0b0")
+_REACH_COLOURS = ("#2e9e55", "#7fc48c", "#e07b00", "#a0a0a0")
+_AREAS, _DOTS, _BARS = 180, 120, 40
 
 
-def residual_bands(snapshots: Sequence[Snapshot]) -> Figure:
+def residual_bands(snapshots: Sequence[Snapshot], unit: Unit = "step") -> Figure:
     """Return the share of the residual's energy in each band of modes over training, stacked to 1.
 
     Probes without modes leave a note with their reason. A single probe is drawn as one stacked bar.
     """
     title = "Residual by learning speed"
     probes = measured(snapshots)
-    drawn = [(snapshot, energy) for snapshot in probes if (energy := band_energy(snapshot))]
+    held = [snapshot for snapshot in probes if snapshot.coordinates.size]
+    held = [held[i] for i in thinned(len(held), _AREAS)] if held else []
+    drawn = [(snapshot, energy) for snapshot in held if (energy := band_energy(snapshot))]
     reasons = [snapshot.modes_reason for snapshot in probes if snapshot.modes_reason]
     if not drawn:
         return empty(title, f"Modes are off: {reasons[-1]}" if reasons else "No probe with modes yet.")
-    steps = [snapshot.step for snapshot, _ in drawn]
+    at = abscissa(snapshots, unit)
+    steps = at([snapshot.step for snapshot, _ in drawn])
     split = [band for snapshot, _ in drawn for band in bands(snapshot.rates, snapshot.rates_floor)]
     alive = {band.name for band in split if band.mask.any()}
     data: list[Figure] = []
@@ -43,7 +49,7 @@ def residual_bands(snapshots: Sequence[Snapshot]) -> Figure:
         shares = numbers([energy[name] for _, energy in drawn])
         trace = {"name": name, "y": shares, "showlegend": name in alive, "hovertemplate": "%{y:.1%}"}
         if len(steps) == 1:
-            data.append(trace | {"type": "bar", "x": [f"step {steps[0]}"], "marker": {"color": colour}})
+            data.append(trace | {"type": "bar", "x": [f"step {drawn[0][0].step}"], "marker": {"color": colour}})
         else:
             area = {"stackgroup": "energy", "fillcolor": colour, "line": {"color": colour, "width": 0.5}}
             data.append(trace | area | {"type": "scatter", "mode": "lines", "x": steps})
@@ -52,7 +58,7 @@ def residual_bands(snapshots: Sequence[Snapshot]) -> Figure:
         title,
         "Share of the probe's residual energy in modes learned at a similar speed; 10x slower needs 10x more steps "
         "of plain gradient descent. Modes are eigenvectors of K weighted by the loss.",
-        xaxis={"title": {"text": STEPS}} if len(steps) > 1 else {"type": "category"},
+        xaxis={"title": {"text": at.title}} if len(steps) > 1 else {"type": "category"},
         yaxis={"title": {"text": "share of the residual's energy"}, "range": [0, 1]},
         showlegend=True,
         legend={"traceorder": "reversed"},
@@ -63,17 +69,81 @@ def residual_bands(snapshots: Sequence[Snapshot]) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def residual_reach(snapshots: Sequence[Snapshot]) -> Figure:
-    """Return the share of the residual that the remaining steps will learn, at every probe that simulated it, to 1."""
+def residual_reach(
+    snapshots: Sequence[Snapshot], launch: int | None = None, unit: Unit = "step", *, log: bool = True
+) -> Figure:
+    """Return the residual's energy by when it will be learned: forecast from the probe nearest to `launch`, and found.
+
+    The four bands are those of the launching probe. Lines: their energy, simulated. Dots: the energy that each later
+    probe has in the modes of the same ranks. Runs without simulated bands show their shares at every simulating probe.
+    """
     title = "Residual in reach of the steps left"
-    drawn = [(s, energy) for s in measured(snapshots) if (energy := reach_energy(s))]
-    if not drawn:
+    held = [s for s in measured(snapshots) if s.coordinates.size]
+    start = launched([s for s in held if s.forecast_bands.ndim == 2 and s.forecast_bands.size], launch)
+    masks = _masks(start) if start is not None else {}
+    if start is None or not masks:
+        return _reach_shares(snapshots, title)
+    at = abscissa(snapshots, unit)
+    like = [s for s in held if s.coordinates.size == start.coordinates.size and s.probe == start.probe]
+    shown = [like[i] for i in thinned(len(like), _DOTS)]
+    energy = np.stack([s.coordinates for s in shown]) ** 2
+    ticks = start.forecast_steps
+    data: list[Figure] = []
+    for k, (name, colour) in enumerate(zip(REACH, _REACH_COLOURS, strict=True)):
+        ahead, found = start.forecast_bands[:, k], energy[:, masks[name]].sum(axis=1)
+        if not ahead.any() and not found.any():
+            continue
+        legend: Figure = {"legendgroup": name}
+        hover = f"forecast from step {start.step}: %{{y:.3g}}<extra>{name}</extra>"
+        bold = {"line": {"color": colour, "width": 2.5}, "hovertemplate": hover}
+        data.append(line(at(ticks.tolist()), numbers(ahead, positive=log), name, colour, **bold, **legend))
+        dots = {"mode": "markers", "marker": {"size": 6, "color": colour}, "showlegend": False}
+        points = {"x": at([s.step for s in shown]), "y": numbers(found, positive=log)}
+        data.append(series(name, colour, points, at.word) | dots | legend)
+    after = [s for s in like if s.step > start.step]
+    found = np.array([float((s.coordinates**2).sum()) for s in after])
+    begun = float((start.coordinates**2).sum())
+    stretches = doubtful(after, found, ticks, start.forecast_bands.sum(axis=1), begun)
+    limits = _limits(energy.sum(axis=1)) if log else {"rangemode": "tozero"}
+    layout = layout_of(
+        title,
+        f"Energy of the probe's residual by when it falls to a tenth, as simulated at step {start.step} with "
+        f"{remaining_steps(start):.0f} steps to go. Lines: that simulation, with the kernel frozen there. Dots: "
+        f"measured, in the modes of the same ranks at each probe. {SHADED}",
+        xaxis={"title": {"text": at.title}},
+        yaxis=value_axis("energy of the residual (loss units)", log=log, **limits),
+        showlegend=True,
+        legend={"orientation": "h", "y": -0.22},
+        shapes=marks(at, start, stretches),
+    )
+    layout["meta"]["launches"] = launches(at, held)
+    return {"data": data, "layout": layout}
+
+
+def _masks(start: Snapshot) -> dict[str, NDArray[np.bool_]]:
+    """Return which modes belong to each band by time to learn, as the simulation at this probe has it."""
+    return reach(start.rates, start.rates_floor, start.time_to_learn, remaining_steps(start))
+
+
+def _limits(total: Floats) -> Figure:
+    """Return a logarithmic range from a hundredth of the least total energy: simulations fall without end."""
+    kept = total[np.isfinite(total) & (total > 0)]
+    if not kept.size:
+        return {}
+    return {"range": [float(np.log10(kept.min())) - 2, float(np.log10(kept.max())) + 0.3]}
+
+
+def _reach_shares(snapshots: Sequence[Snapshot], title: str) -> Figure:
+    """Return the share of the residual that the remaining steps will learn, at every probe that simulated it, to 1."""
+    held = [(s, energy) for s in measured(snapshots) if (energy := reach_energy(s))]
+    if not held:
         reasons = [s.texts[key] for s in snapshots for key in ("ahead", "forecast") if key in s.texts]
         return empty(title, f"Not simulated: {reasons[-1]}" if reasons else "The rest of the run was not simulated.")
-    at = [f"step {s.step}" for s, _ in drawn]
+    held = [held[i] for i in thinned(len(held), _BARS)]
+    at = [f"step {s.step}" for s, _ in held]
     data = []
     for name, colour in zip(REACH, _REACH_COLOURS, strict=True):
-        shares = numbers([energy[name] for _, energy in drawn])
+        shares = numbers([energy[name] for _, energy in held])
         bar = {"type": "bar", "x": at, "y": shares, "name": name, "marker": {"color": colour}}
         data.append(bar | {"hovertemplate": "%{y:.1%}"})
     layout = layout_of(
@@ -87,50 +157,4 @@ def residual_reach(snapshots: Sequence[Snapshot]) -> Figure:
         hovermode="x unified",
         barmode="stack",
     )
-    return {"data": data, "layout": layout}
-
-
-def mode_decay(snapshots: Sequence[Snapshot], modes: Sequence[int]) -> Figure:
-    """Return the residual's energy in single modes, and how fast each decayed between neighbouring probes.
-
-    `modes` are ranks, 1 the fastest. Above, dots: coordinate² (loss units) of that rank in each probe's own basis;
-    lines: the same residual followed in the basis of the earlier probe, the only comparison that means decay. Below:
-    that decay, -ln|end / start| per step; negative where the residual grew. Ranks beyond the last mode are left out.
-    """
-    drawn = [snapshot for snapshot in measured(snapshots) if snapshot.coordinates.size]
-    if not drawn or not modes:
-        reasons = [snapshot.modes_reason for snapshot in measured(snapshots) if snapshot.modes_reason]
-        return empty("Single modes", f"Modes are off: {reasons[-1]}" if reasons else "No probe with modes yet.")
-    data: list[Figure] = []
-    for k, rank in enumerate(modes):
-        colour, i = MODE_COLOURS[k % len(MODE_COLOURS)], rank - 1
-        own = [snapshot for snapshot in drawn if 0 <= i < snapshot.coordinates.size]
-        energy = numbers([snapshot.coordinates[i] ** 2 for snapshot in own], positive=True)
-        dots = {"mode": "markers", "marker": {"color": colour, "size": 7}, "legendgroup": f"mode {rank}"}
-        data.append(line([snapshot.step for snapshot in own], energy, f"mode {rank}", colour, **dots))
-        x: list[int | None] = []
-        followed: list[float | None] = []
-        speed: list[float | None] = []
-        for before, after in pairwise(own):
-            if after.previous_step != before.step or after.carried.size <= i or after.step == before.step:
-                continue
-            start, end = float(before.coordinates[i]), float(after.carried[i])
-            with np.errstate(divide="ignore", invalid="ignore"):
-                rate = -np.log(np.abs(np.divide(end, start))) / (after.step - before.step)
-            x += [before.step, after.step, None]
-            followed += [*numbers([start**2, end**2], positive=True), None]
-            speed += [*numbers([rate, rate]), None]
-        quiet = {"showlegend": False, "legendgroup": f"mode {rank}"}
-        data.append(line(x, followed, f"mode {rank}, followed", colour, **quiet))
-        data.append(line(x, speed, f"mode {rank}, decay", colour, xaxis="x2", yaxis="y2", **quiet))
-    layout = layout_of(
-        "Single modes: energy and decay",
-        "Dots: each probe's own basis. Lines: one residual followed in the basis of the earlier probe.",
-        xaxis={"anchor": "y", "matches": "x2", "showticklabels": False},
-        yaxis=log_axis(f"energy ({ARRAYS['coordinates'].unit.removeprefix('sqrt(').removesuffix(')')})"),
-        xaxis2={"anchor": "y2", "title": {"text": STEPS}},
-        yaxis2={"title": {"text": "decay per step"}, "domain": [0, 0.36]},
-        showlegend=True,
-    )
-    layout["yaxis"]["domain"] = [0.44, 1]
     return {"data": data, "layout": layout}

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntk_monitor.figures.style import BLUE, STEPS, Figure, empty, layout_of, line, looked, note, numbers
+from ntk_monitor.figures.abscissa import Unit, abscissa
+from ntk_monitor.figures.style import BLUE, Figure, drawn, empty, layout_of, looked, note, series
 from ntk_monitor.metrics import SCALARS, Scalar
 from ntk_monitor.snapshot import Snapshot
 
@@ -15,7 +16,7 @@ def _span(start: float, end: float) -> list[float]:
     return [max(round(start, 6), 0.0), min(round(end, 6), 1.0)]
 
 
-def _panel(k: int, count: int, columns: int, scalar: Scalar) -> tuple[Figure, list[Figure]]:
+def _panel(k: int, count: int, columns: int, scalar: Scalar, across_title: str) -> tuple[Figure, list[Figure]]:
     """Return axes and headings of the k-th of `count` small panels, filled row by row."""
     lines = -(-count // columns)
     across, up = 0.09, 0.48 / lines
@@ -28,7 +29,7 @@ def _panel(k: int, count: int, columns: int, scalar: Scalar) -> tuple[Figure, li
     word = note(scalar.name, **heading, yshift=13 + 11 * unit["text"].count("<br>"))
     word["text"] = f"<b>{word['text']}</b>"
     word["hovertext"] = "<br>".join(textwrap.wrap(f"{scalar.meaning}. Misleads: {scalar.lies_when}.", 60))
-    title = {"text": STEPS if k + columns >= count else "", "font": {"size": 10}}
+    title = {"text": across_title if k + columns >= count else "", "font": {"size": 10}}
     xaxis = {"domain": _span(left, left + width), "anchor": f"y{name}", "nticks": 4, "title": title}
     axes = {
         f"xaxis{name}": xaxis | ({"matches": "x"} if k else {}),
@@ -37,25 +38,25 @@ def _panel(k: int, count: int, columns: int, scalar: Scalar) -> tuple[Figure, li
     return axes, [unit, word]
 
 
-def scalars(snapshots: Sequence[Snapshot], *, columns: int = 3) -> Figure:
+def scalars(snapshots: Sequence[Snapshot], unit: Unit = "step", *, columns: int = 3) -> Figure:
     """Return the logged scalars over training, one small panel each, in the order of `metrics.SCALARS`.
 
     Three columns need about 800 pixels of width; a narrow page wants one.
     """
-    drawn = looked(snapshots)
-    shown = [s for s in SCALARS if any(np.isfinite(snapshot.metrics.get(s.name, np.nan)) for snapshot in drawn)]
+    probes = looked(snapshots)
+    shown = [s for s in SCALARS if any(np.isfinite(snapshot.metrics.get(s.name, np.nan)) for snapshot in probes)]
     if not shown:
         return empty("Scalars", "No scalar has been measured yet.")
+    at = abscissa(snapshots, unit)
     layout = layout_of("Scalars", "The numbers every logger receives.", annotations=[])
     data: list[Figure] = []
     for k, scalar in enumerate(shown):
-        points = [(snapshot.step, snapshot.metrics.get(scalar.name, np.nan)) for snapshot in drawn]
-        kept = [(step, value) for step, value in points if np.isfinite(value)]
+        values = [snapshot.metrics.get(scalar.name, np.nan) for snapshot in probes]
+        points = drawn(at, [snapshot.step for snapshot in probes], values)
         name = "" if k == 0 else str(k + 1)
-        dots = {"mode": "lines+markers", "marker": {"size": 4, "color": BLUE}}
-        place = {"xaxis": f"x{name}", "yaxis": f"y{name}"} | dots
-        data.append(line([step for step, _ in kept], numbers([v for _, v in kept]), scalar.name, BLUE, **place))
-        axes, words = _panel(k, len(shown), min(len(shown), columns), scalar)
+        place = {"xaxis": f"x{name}", "yaxis": f"y{name}", "marker": {"size": 4, "color": BLUE}}
+        data.append(series(scalar.name, BLUE, points, at.word, **place))
+        axes, words = _panel(k, len(shown), min(len(shown), columns), scalar, at.title)
         layout |= axes
         layout["annotations"] += words
     return {"data": data, "layout": layout}

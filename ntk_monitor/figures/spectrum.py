@@ -1,14 +1,14 @@
 """Eigenvalues of K: at one step, and over training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from ntk_monitor.figures.abscissa import Unit, abscissa
 from ntk_monitor.figures.style import (
-    BLUE,
     GREY,
     ORANGE,
-    STEPS,
     VIRIDIS,
     Figure,
     empty,
@@ -17,68 +17,105 @@ from ntk_monitor.figures.style import (
     line,
     log_axis,
     measured,
+    nearest,
     numbers,
+    run_colours,
     thinned,
+    upright,
+    value_axis,
+    word,
 )
-from ntk_monitor.snapshot import ARRAYS, Snapshot
+from ntk_monitor.snapshot import ARRAYS, Floats, Snapshot
 
 # A heat map has at most this many columns and rows: more cells than pixels only make the page slow.
-_COLUMNS, _ROWS = 250, 128
+_COLUMNS, _ROWS = 200, 80
+
+# Points of a line on a logarithmic axis, where late modes lie on top of each other.
+_POINTS = 240
 
 
-def spectrum(snapshots: Sequence[Snapshot], step: int | None = None) -> Figure:
-    """Return the eigenvalues of K against mode index, both logarithmic, at one step (default: the last probe).
+def spectrum(snapshots: Sequence[Snapshot], step: int | None = None, *, log: bool = True) -> Figure:
+    """Return the eigenvalues of K against mode index, at the probe nearest to a step (default: the last).
 
-    The probe nearest to `step` is drawn. Dotted: the first probe of the same samples; dashed: the noise floor.
+    Dotted: the first probe of the same samples; dashed: the noise floor.
     """
-    drawn = [snapshot for snapshot in measured(snapshots) if snapshot.eigenvalues.size]
-    if not drawn:
+    return spectra({"": snapshots}, step, log=log)
+
+
+def spectra(runs: Mapping[str, Sequence[Snapshot]], step: int | None = None, *, log: bool = True) -> Figure:
+    """Return the same of several runs, one colour each, every one at its probe nearest to the step."""
+    held = {name: [s for s in measured(snapshots) if s.eigenvalues.size] for name, snapshots in runs.items()}
+    shown = {name: nearest(snapshots, step) for name, snapshots in held.items() if snapshots}
+    if not shown:
         return empty("Spectrum", "No probe has been measured yet.")
-    shown = drawn[-1] if step is None else min(drawn, key=lambda snapshot: abs(snapshot.step - step))
-    first = next(snapshot for snapshot in drawn if snapshot.probe == shown.probe)
-    unit = ARRAYS["eigenvalues"].unit
-    hover = "mode %{x}: %{y:.4g}<extra>%{fullData.name}</extra>"
     data: list[Figure] = []
-    styles: list[tuple[Snapshot, Figure]] = [(shown, {"color": BLUE, "width": 2})]
-    if first is not shown:
-        styles.insert(0, (first, {"color": GREY, "dash": "dot"}))
-    for snapshot, look in styles:
-        values = numbers(snapshot.eigenvalues, positive=True)
-        ranks = list(range(1, len(values) + 1))
-        # A line needs two points; markers keep a kernel of a few rows visible.
-        mode = "lines+markers" if len(values) <= 24 else "lines"
-        data.append(line(ranks, values, f"step {snapshot.step}", BLUE, line=look, mode=mode, hovertemplate=hover))
-    n = shown.eigenvalues.size
-    yaxis = log_axis(f"eigenvalue ({unit})")
-    if np.isfinite(shown.noise_floor) and shown.noise_floor > 0:
-        ends, floor = [1, max(n, 2)], float(shown.noise_floor)
-        dashed = {"color": ORANGE, "dash": "dash"}
-        data.append(line(ends, numbers([floor, floor]), f"noise floor {floor:.1e}", ORANGE, line=dashed))
-        top = max(float(np.nanmax(snapshot.eigenvalues, initial=floor)) for snapshot in (first, shown))
+    floors: list[float] = []
+    values: list[Floats] = []
+    alone = len(shown) == 1
+    colours = run_colours(runs)
+    for name, one in shown.items():
+        colour = colours[name]
+        first = next(s for s in held[name] if s.probe == one.probe)
+        label = f"step {one.step}" if alone else f"{word(name)}, step {one.step}"
+        if first is not one:
+            dotted = {"color": GREY if alone else colour, "dash": "dot", "width": 1.5}
+            data.append(_line(first, f"step {first.step}", colour, line=dotted, showlegend=alone))
+            values.append(first.eigenvalues)
+        data.append(_line(one, label, colour, line={"color": colour, "width": 2}))
+        values.append(one.eigenvalues)
+        if np.isfinite(one.noise_floor) and one.noise_floor > 0:
+            floors.append(float(one.noise_floor))
+            dashed = {"color": ORANGE if alone else colour, "dash": "dash", "width": 1.5}
+            floor = f"noise floor {one.noise_floor:.1e}"
+            ends = numbers([one.noise_floor] * 2)
+            data.append(line([1, max(one.eigenvalues.size, 2)], ends, floor, ORANGE, line=dashed, showlegend=alone))
+    some = next(iter(shown.values()))
+    yaxis = value_axis(f"eigenvalue ({ARRAYS['eigenvalues'].unit})", log=log, dtick=1 if log else None)
+    if floors and log:
+        top = max(float(np.nanmax(one, initial=floors[0])) for one in values)
         # Rounding noise reaches far below the floor; a decade of it is enough to see that it is there.
-        yaxis["range"] = [float(np.log10(floor)) - 1, float(np.log10(top)) + 0.5]
-    # Eigenvalues descend, so the upper right corner is always free.
-    legend = {"x": 0.98, "y": 0.98, "xanchor": "right", "yanchor": "top"}
+        yaxis |= _decades(float(np.log10(min(floors))) - 1, float(np.log10(top)) + 0.5)
+    others = "" if alone else " Kernels of different probes or networks have scales of their own."
     layout = layout_of(
-        f"Spectrum, step {shown.step}",
-        f"Eigenvalues of the {kernel_words(shown)}. A large eigenvalue is a direction learned fast.",
+        f"Spectrum, step {some.step}" if alone else "Spectrum",
+        f"Eigenvalues of the {kernel_words(some)}. A large eigenvalue is a direction learned fast. Dotted: the first "
+        f"probe. Dashed: the noise floor, below which eigenvalues are rounding.{others}",
         xaxis=log_axis("mode index", exponentformat="none"),
         yaxis=yaxis,
         showlegend=True,
-        legend=legend,
+        # Eigenvalues descend, so the upper right corner is always free.
+        legend={"x": 0.98, "y": 0.98, "xanchor": "right", "yanchor": "top"},
     )
+    layout["meta"]["click"] = "mode"
     return {"data": data, "layout": layout}
 
 
-def spectrum_over_training(snapshots: Sequence[Snapshot]) -> Figure:
+def _decades(low: float, high: float) -> Figure:
+    """Return a logarithmic range with a tick at every decade, or at every second or third where they are many."""
+    return {"range": [low, high], "dtick": int(max(1, -(-(high - low) // 9)))}
+
+
+def _line(snapshot: Snapshot, name: str, colour: str, **trace: Any) -> Figure:
+    values = snapshot.eigenvalues
+    n = values.size
+    kept = np.arange(n) if n <= _POINTS else np.unique(np.geomspace(1, n, _POINTS).round().astype(int)) - 1
+    # A line needs two points; markers keep a kernel of a few rows visible.
+    mode = "lines+markers" if n <= 24 else "lines"
+    hover = "mode %{x}: %{y:.4g}<extra>%{fullData.name}</extra>"
+    y = numbers(values[kept], positive=True)
+    return line((kept + 1).tolist(), y, name, colour, mode=mode, hovertemplate=hover, **trace)
+
+
+def spectrum_over_training(snapshots: Sequence[Snapshot], step: int | None = None, unit: Unit = "step") -> Figure:
     """Return log10 eigenvalue as a heat map, steps across and mode index (logarithmic) upwards.
 
-    Cells at or below that probe's noise floor are blank. Long histories and large kernels are thinned evenly.
+    Cells at or below that probe's noise floor are blank. Long histories and large kernels are thinned evenly. Dotted:
+    the step that is looked at, where one is given.
     """
-    drawn = [snapshot for snapshot in measured(snapshots) if snapshot.eigenvalues.size]
-    if not drawn:
+    held = [snapshot for snapshot in measured(snapshots) if snapshot.eigenvalues.size]
+    if not held:
         return empty("Spectrum over training", "No probe has been measured yet.")
-    columns = [drawn[i] for i in thinned(len(drawn), _COLUMNS)]
+    columns = [held[i] for i in thinned(len(held), _COLUMNS)]
     modes = max(snapshot.eigenvalues.size for snapshot in columns)
     ranks = np.unique(np.geomspace(1, modes, _ROWS).round().astype(int)) if modes > _ROWS else np.arange(1, modes + 1)
     table = np.full((ranks.size, len(columns)), np.nan)
@@ -89,16 +126,23 @@ def spectrum_over_training(snapshots: Sequence[Snapshot]) -> Figure:
         kept = values[present - 1]
         resolved = kept > max(floor, 0.0)
         table[: present.size, j][resolved] = np.log10(kept[resolved])
+    at = abscissa(snapshots, unit)
     heat = {
         "type": "heatmap",
-        "x": [snapshot.step for snapshot in columns],
+        "x": at([snapshot.step for snapshot in columns]),
         "y": ranks.tolist(),
-        "z": [numbers(row) for row in table],
+        # Colours resolve no more than a hundredth of a decade.
+        "z": [numbers(row.round(2)) for row in table],
         "colorscale": VIRIDIS,
         "colorbar": {"title": {"text": "log10 eigenvalue", "side": "right"}},
-        "hovertemplate": "step %{x}, mode %{y}: 10^%{z:.2f}<extra></extra>",
+        "hovertemplate": f"{at.word} %{{x}}, mode %{{y}}: 10^%{{z:.2f}}<extra></extra>",
     }
     tooltip = f"log10 of the eigenvalues of the {kernel_words(columns[-1])}. Blank: below the noise floor."
-    yaxis = log_axis("mode index", exponentformat="none")
-    layout = layout_of("Spectrum over training", tooltip, xaxis={"title": {"text": STEPS}}, yaxis=yaxis)
+    layout = layout_of(
+        "Spectrum over training",
+        tooltip,
+        xaxis={"title": {"text": at.title}},
+        yaxis=log_axis("mode index", exponentformat="none"),
+        shapes=[] if step is None else [upright(at([nearest(held, step).step])[0], "step")],
+    )
     return {"data": [heat], "layout": layout}

@@ -15,7 +15,19 @@ STEPS = "optimizer steps"
 GREY, BLUE, ORANGE = "#7a7a7a", "#2a78c2", "#e07b00"
 BAND_COLOURS = ("#fde08a", "#fdb75e", "#f48849", "#db5c68", "#b83289", "#8b0aa5", "#4c02a1", "#b0b0b0")
 """Warm and light for fast modes, dark for slow ones, grey for what no training time resolves."""
-MODE_COLOURS = ("#2a78c2", "#e07b00", "#2e9e55", "#c23b3b", "#7d5fb2", "#8a5a44", "#d45fa5", "#17a2b8")
+MODE_COLOURS = (
+    "#2a78c2",
+    "#e07b00",
+    "#2e9e55",
+    "#c23b3b",
+    "#7d5fb2",
+    "#8a5a44",
+    "#d45fa5",
+    "#17a2b8",
+    "#9aa61a",
+    "#5b6c7d",
+)
+"""Of what has no order: modes, classes, layers, runs."""
 DIVERGING = [[0.0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1.0, "#b2182b"]]
 VIRIDIS = [[0.0, "#440154"], [0.2, "#414487"], [0.4, "#2a788e"], [0.6, "#22a884"], [0.8, "#7ad151"], [1.0, "#fde725"]]
 
@@ -35,6 +47,11 @@ def measured(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
 def looked(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
     """Return the probes that hold scalars: full and light ones."""
     return [snapshot for snapshot in snapshots if snapshot.status != "skipped"]
+
+
+def nearest(snapshots: Sequence[Snapshot], step: int | None = None) -> Snapshot:
+    """Return the one nearest to a step, the earlier of two as near; the last without a step. There must be one."""
+    return snapshots[-1] if step is None else min(snapshots, key=lambda snapshot: abs(snapshot.step - step))
 
 
 def layout_of(title: str, tooltip: str, **layout: Any) -> Figure:
@@ -117,6 +134,11 @@ def series(name: str, colour: str, points: Figure, word: str = "step", **trace: 
     """Return a line through the points of `drawn`; `word` stands before its abscissa in hovers."""
     hover = f"{word} %{{x}}: %{{y:.4g}}<extra>%{{fullData.name}}</extra>"
     return line(points["x"], points["y"], name, colour, hovertemplate=hover) | points | trace
+
+
+def run_colours(runs: Iterable[str]) -> dict[str, str]:
+    """Return the colour that stands for each run, by its place among all that are looked at."""
+    return {name: MODE_COLOURS[k % len(MODE_COLOURS)] for k, name in enumerate(runs)}
 
 
 def upright(x: float, name: str, colour: str = ORANGE, **shape: Any) -> Figure:

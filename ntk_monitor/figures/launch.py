@@ -1,0 +1,74 @@
+"""From which probe a forecast is drawn, and where what was measured later says that it does not hold.
+
+A forecast freezes the kernel at its launch. It is doubted at a later probe where it misses by at least as much as
+forecasting no change would, or where the learning rate lies above the bound of full batches: there a frozen kernel
+would grow without end, and real networks do not.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ntk_monitor.figures.abscissa import Abscissa
+from ntk_monitor.figures.style import Figure, measured, stripe, upright
+from ntk_monitor.snapshot import Floats, Integers, Snapshot
+
+SHADED = "Shaded: no better there than forecasting no change, or the learning rate is above its bound."
+
+
+def launched(snapshots: Sequence[Snapshot], launch: int | None = None) -> Snapshot | None:
+    """Return the probe nearest to the wanted launch that made a forecast; None when no probe did.
+
+    Default: the last forecast that has at least two probes after it, so that it can be judged, else the last one.
+    """
+    probes = measured(snapshots)
+    made = [s for s in probes if s.forecast_steps.size]
+    if not made:
+        return None
+    if launch is not None:
+        return min(made, key=lambda s: abs(s.step - launch))
+    judged = [s for s in made if len(probes) > 2 and s.step < probes[-2].step]
+    return judged[-1] if judged else made[-1]
+
+
+def doubtful(
+    after: Sequence[Snapshot], found: Floats, ticks: Floats | Integers, forecast: Floats, start: float
+) -> list[tuple[int, int]]:
+    """Return stretches of steps, first and last probe of each, where a forecast is no better than none.
+
+    Args:
+        after: probes from the launch on, in order.
+        found: (len(after),) what was measured there.
+        ticks: (k,) ascending steps of the forecast.
+        forecast: (k,) what it says at them.
+        start: what was measured at the launch.
+    """
+    if not len(after):
+        return []
+    steps = np.array([s.step for s in after], dtype=np.float64)
+    said = np.interp(steps, np.asarray(ticks, dtype=np.float64), forecast, right=np.nan)
+    with np.errstate(invalid="ignore"):
+        bad = np.abs(said - found) >= np.abs(start - found)
+    bad &= np.isfinite(said) & np.isfinite(found) & (np.abs(start - found) > 1e-3 * abs(start))
+    bad |= np.array([s.metrics.get("lr_headroom_high", np.inf) < 1 for s in after])
+    stretches: list[tuple[int, int]] = []
+    for i in np.flatnonzero(bad).tolist():
+        # From the probe before, which was still right, to the one after: what lies between was not looked at.
+        first, last = int(steps[max(i - 1, 0)]), int(steps[i])
+        if stretches and stretches[-1][1] >= first:
+            stretches[-1] = (stretches[-1][0], last)
+        else:
+            stretches.append((first, last))
+    return stretches
+
+
+def marks(at: Abscissa, launch: Snapshot, stretches: Sequence[tuple[int, int]]) -> list[Figure]:
+    """Return the shapes of a launched figure: doubted stretches, and the launch itself, by the name "launch"."""
+    (x,) = at([launch.step])
+    return [*(stripe(at([a])[0], at([b])[0]) for a, b in stretches), upright(x, "launch")]
+
+
+def launches(at: Abscissa, snapshots: Sequence[Snapshot]) -> list[list[float]]:
+    """Return step and place of every forecast, for a page that lets a reader drag the launch."""
+    steps = [s.step for s in measured(snapshots) if s.forecast_steps.size]
+    return [[step, x] for step, x in zip(steps, at(steps), strict=True)]
