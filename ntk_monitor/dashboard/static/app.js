@@ -13,6 +13,7 @@ import { MOST_RUNS, State } from "./state.js";
 import { Steps } from "./steps.js";
 
 const EVERY = 10000;
+const SOON = 2000;
 const TABLE_OF_MODES = "residual";
 
 class Page {
@@ -43,8 +44,9 @@ class Page {
     const steps = manifest?.launches ?? [];
     const all = manifest?.steps ?? [];
     const axis = { step: all, epoch: manifest?.epochs ?? [], time: manifest?.times ?? [] }[state.unit] ?? all;
-    const last = all.at(-1);
-    const chosen = state.launch === null ? steps.filter((step) => step < last).at(-1) ?? steps.at(-1) : steps[nearest(steps, state.launch)];
+    // The latest forecast that two probes can be held against, else the latest.
+    const judged = steps.filter((step) => step < (all.at(-2) ?? -1));
+    const chosen = state.launch === null ? judged.at(-1) ?? steps.at(-1) : steps[nearest(steps, state.launch)];
     return { steps, xs: steps.map((step) => axis[all.indexOf(step)] ?? null), launch: chosen ?? null };
   }
 
@@ -61,14 +63,19 @@ class Page {
   async load() {
     const [catalogue] = await Promise.all([ask(address("catalogue")), this.list()]);
     this.catalogue = catalogue;
-    if (!this.state.runs.length) this.state.set({ runs: this.runs.length <= MOST_RUNS ? this.runs : this.runs.slice(-1) });
     await this.look();
   }
 
+  /** Asks which runs there are; names alone, so that many of them cost nothing. */
   async list() {
+    const before = this.runs;
     this.runs = (await ask(address("runs"))).runs;
     const kept = this.state.runs.filter((run) => this.runs.includes(run));
-    if (kept.length < this.state.runs.length) this.state.set({ runs: kept });
+    // Where runs turn up for the first time, a few of them are ticked; later that is the reader's choice alone.
+    const chosen = kept.length || before.length ? kept : this.runs.slice(this.runs.length <= MOST_RUNS ? 0 : -1);
+    this.state.set({ runs: chosen });
+    // TensorBoard may not have looked into its logdir yet.
+    if (!this.runs.length && seen()) setTimeout(() => this.refresh(), SOON);
   }
 
   /** Asks every ticked run whether it has grown. */
@@ -115,7 +122,7 @@ class Page {
     this.runsBar.draw();
     this.steps.draw();
     this.drawer.draw();
-    this.modes?.draw();
+    this.modes?.mark();
     const reason = nothing(this.runs, focus, manifest);
     this.empty.hidden = !reason;
     this.main.hidden = this.subject.hidden = Boolean(reason);

@@ -26,6 +26,7 @@ export function plainWords(text) {
 /** Three significant digits, and powers of ten where more than six would be needed. */
 export function short(value) {
   if (typeof value !== "number") return value === null || value === undefined ? "–" : String(value);
+  if (!Number.isFinite(value)) return value > 0 ? "∞" : value < 0 ? "-∞" : "–";
   if (value !== 0 && (Math.abs(value) >= 1e6 || Math.abs(value) < 1e-3)) return value.toExponential(1).replace("e+", "e");
   return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3));
 }

@@ -12,8 +12,8 @@ export function dressed(layout, theme, { saved = false } = {}) {
   const { ink, soft, edge, paper } = THEMES[theme];
   const found = { ...layout, autosize: !saved, paper_bgcolor: saved ? paper : "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
   found.font = { family: "system-ui, Roboto, 'Segoe UI', 'DejaVu Sans', sans-serif", size: 12, ...layout.font, color: ink };
-  found.margin = { l: 58, r: 16, t: saved ? 54 : 14, b: 48, ...layout.margin };
-  found.legend = { bgcolor: "rgba(0,0,0,0)", ...layout.legend };
+  found.margin = { l: 58, r: 16, t: (saved ? 54 : 14) + (crowned(layout) ? 26 : 0), b: 48, ...layout.margin };
+  found.legend = { bgcolor: "rgba(0,0,0,0)", tracegroupgap: 0, ...layout.legend };
   // Legends that lie flat go to the very bottom, under the title of the axis.
   if (layout.legend?.orientation === "h") Object.assign(found.legend, { x: 0, xanchor: "left", y: 0, yanchor: "bottom", yref: "container" });
   found.hoverlabel = { namelength: -1, ...layout.hoverlabel };
@@ -27,4 +27,9 @@ export function dressed(layout, theme, { saved = false } = {}) {
     if (axis.title) found[key].title = { standoff: 8, ...axis.title, font: { size: 12, color: soft, ...axis.title.font } };
   }
   return found;
+}
+
+/** Whether words stand above the topmost plot of a figure of several. */
+function crowned(layout) {
+  return (layout.annotations ?? []).some((one) => one.yanchor === "bottom" && one.y >= 0.99);
 }

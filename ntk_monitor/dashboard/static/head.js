@@ -20,13 +20,24 @@ export class Cards extends Live {
     this.node.replaceChildren(...cards.map((card) => h("details", { className: `card ${card.light}`, open: open.has(card.name), data: { card: card.name } },
       h("summary", {},
         h("span", { className: "name" }, h("i", { className: "light", title: LIGHTS[card.light] }), card.name),
-        h("b", { textContent: card.value }), h("span", { className: "sentence", textContent: card.sentence })),
+        h("b", { textContent: card.value }), h("span", { className: "sentence" }, lead(card.sentence), h("span", { className: "rest", textContent: card.sentence.slice(lead(card.sentence).length) }))),
       h("button", { className: "link", textContent: `see ${card.group}`, onclick: () => go(card.group) }))));
   }
 
   fail(error) { this.node.replaceChildren(h("p", { className: "failed", textContent: error.message })); }
 }
 
+/** As many whole sentences as fit into three lines, at least one; the rest unfolds. */
+function lead(text) {
+  let end = 0;
+  for (const sentence of text.match(/.+?[.!?](?=\s|$)|.+$/gs) ?? []) {
+    if (end && end + sentence.length > LEAD) break;
+    end += sentence.length;
+  }
+  return text.slice(0, end);
+}
+
+const LEAD = 110;
 const LIGHTS = { green: "green: as in a healthy run", amber: "amber: look at it", red: "red: act on it", none: "" };
 
 export class Findings extends Live {

@@ -5,6 +5,8 @@ import { Live } from "./live.js";
 import { address } from "./server.js";
 
 const FEW = 12;
+const NEVER = new Map([["inf", Infinity], ["-inf", -Infinity], ["nan", null]]);
+const TELLS = "Which directions of the residual are learned how fast. Click a mode to see the samples that load on it, a heading to sort.";
 
 export class Modes extends Live {
   constructor(page) {
@@ -14,12 +16,12 @@ export class Modes extends Live {
     this.all = false;
     this.table = h("table");
     this.more = h("button", { className: "link", hidden: true, onclick: () => { this.all = !this.all; this.draw(); } });
+    this.caption = h("figcaption", { textContent: TELLS });
     this.about = h("span", { className: "tip", role: "tooltip" });
     this.node.append(
       h("header", {}, h("h3", { textContent: "Modes" }), h("span", { className: "about", tabIndex: 0, "aria-label": "which kernel" }, "i", this.about),
         h("span", { className: "tools" }, h("button", { textContent: "CSV", title: "Save the numbers", onclick: () => this.save(), data: { does: "csv" } }))),
-      h("div", { className: "scroll" }, this.table), this.more,
-      h("figcaption", { textContent: "Which directions of the residual are learned how fast. Click a mode to see the samples that load on it, a heading to sort." }));
+      h("div", { className: "scroll" }, this.table), this.more, this.caption);
   }
 
   question() {
@@ -28,8 +30,10 @@ export class Modes extends Live {
   }
 
   async show(answer) {
-    this.answer = answer;
+    // JSON has no infinity; the table has: a mode that is never learned.
+    this.answer = { ...answer, rows: answer.rows.map((row) => row.map((value) => NEVER.get(value) ?? value)) };
     this.about.textContent = `${this.page.kernel()}. ${this.page.catalogue.about}`;
+    this.caption.textContent = [TELLS, answer.note].filter(Boolean).join(" ");
     this.draw();
   }
 
@@ -37,16 +41,23 @@ export class Modes extends Live {
     if (!this.answer) return;
     const { columns, rows } = this.answer;
     const { column, down } = this.sorted;
-    const heads = columns.map((one, i) => h("th", { scope: "col", title: one.tells, "aria-sort": i === column ? (down ? "descending" : "ascending") : "none" },
-      h("button", { onclick: () => this.sort(i) }, one.name, h("small", { textContent: one.unit ?? "" }))));
+    const words = columns.map((_, i) => rows.some((row) => typeof row[i] === "string"));
+    const heads = columns.map((one, i) => h("th", { scope: "col", title: one.tells, className: words[i] ? "text" : "", "aria-sort": i === column ? (down ? "descending" : "ascending") : "none" },
+      h("button", { onclick: () => this.sort(i) }, one.name, i === column ? (down ? " ↓" : " ↑") : "", h("small", { textContent: one.unit ?? "" }))));
     const ordered = [...rows].sort((a, b) => compared(a[column], b[column], down));
     const shown = this.all ? ordered : ordered.slice(0, FEW);
-    const lines = shown.map((row) => h("tr", { tabIndex: 0, data: { mode: row[0] }, className: row[0] === this.page.state.mode ? "chosen" : "",
+    const lines = shown.map((row) => h("tr", { tabIndex: 0, data: { mode: row[0] },
       onclick: () => this.page.open({ mode: row[0] }), onkeydown: (event) => { if (event.key === "Enter") this.page.open({ mode: row[0] }); } },
-    row.map((value) => h("td", { textContent: short(value), className: typeof value === "string" ? "text" : "" }))));
+    row.map((value, i) => h("td", { textContent: short(value), className: words[i] ? "text" : "" }))));
     this.table.replaceChildren(h("thead", {}, h("tr", {}, heads)), h("tbody", {}, lines));
     this.more.hidden = rows.length <= FEW;
+    this.mark();
     this.more.textContent = this.all ? `show the first ${FEW}` : `show all ${rows.length} modes`;
+  }
+
+  /** Shows which mode is open. */
+  mark() {
+    for (const row of this.table.querySelectorAll("[data-mode]")) row.classList.toggle("chosen", Number(row.dataset.mode) === this.page.state.mode);
   }
 
   sort(column) {

@@ -62,7 +62,7 @@ export class Panel extends Live {
     this.log?.setAttribute("aria-pressed", logarithmic);
     const runs = this.page.shown(this.entry.several);
     if (!runs.length) return null;
-    const fields = { step: state.step, launch: state.launch, unit: state.unit, log: logarithmic ? 1 : 0, mode: state.mode, sample: state.sample };
+    const fields = { step: state.step, launch: this.page.launches().launch, unit: state.unit, log: logarithmic ? 1 : 0, mode: state.mode, sample: state.sample };
     const asked = Object.fromEntries(Object.entries(fields).filter(([key]) => this.entry.depends.includes(key)));
     return address("figure", { panel: this.entry.name, run: runs, focus: this.page.focus, ...asked, v: this.page.version(runs) });
   }

@@ -26,6 +26,10 @@ export class Runs {
 
   draw() {
     const { runs, state } = this.page;
+    // Built anew only when it differs, so that an open list and the keyboard's place survive.
+    const drawn = JSON.stringify([runs, state.runs, this.page.focus]);
+    if (drawn === this.drawn) return;
+    this.drawn = drawn;
     const few = runs.length <= FEW;
     this.chips.replaceChildren(...(few ? runs : state.runs).map((run) => this.box(run)));
     this.menu.hidden = few;

@@ -1,0 +1,194 @@
+"""A TensorBoard and a headless Chromium to look at it with, and a run of the digits network for both."""
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver import ActionChains as ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys as Keys
+from selenium.webdriver.remote.webelement import WebElement
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import ntk_monitor as ntk
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+MISSING = "" if CHROMIUM and DRIVER else "needs chromium and chromedriver on the PATH (Debian: chromium-driver)"
+
+PATIENCE = 20.0
+_EVERY, _SAMPLES, _REFERENCE, _BATCH = 8, 40, 128, 32
+
+
+class Digits:
+    """The network of the digits demo, trained and watched a few probes at a time."""
+
+    def __init__(self, out: Path, total_steps: int = 120) -> None:
+        torch.manual_seed(0)
+        digits = load_digits()
+        self.images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+        self.classes = torch.tensor(digits.target)
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.loss = nn.CrossEntropyLoss()
+        probe = (self.images[:_SAMPLES], self.classes[:_SAMPLES])
+        options = {"every_n_steps": _EVERY, "total_steps": total_steps, "batch_size": _BATCH}
+        reference = TensorDataset(self.images[:_REFERENCE], self.classes[:_REFERENCE])
+        self.monitor = ntk.Monitor(self.model, self.optimizer, probe, self.loss, reference=reference, **options)
+        self.out, self.probes = out, 0
+        self.recorder = ntk.Recorder(out)
+
+    def train(self, probes: int) -> int:
+        """Append so many probes to the record and return how many it holds then."""
+        until = self.probes + probes
+        while self.probes < until:
+            rows = torch.randint(0, len(self.images), (_BATCH,))
+            loss = self.loss(self.model(self.images[rows]), self.classes[rows])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.monitor.observe()
+            if self.monitor.due():
+                self.recorder.write(self.monitor.snapshot(), stock=False)
+                self.probes += 1
+        return self.probes
+
+
+@contextlib.contextmanager
+def tensorboard(logdir: Path, runs: int) -> Iterator[str]:
+    """Start TensorBoard as users do and yield its address, once it has found so many runs.
+
+    TensorBoard shows a tab only if it holds data when the page is loaded.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", "tensorboard.main", "--logdir", str(logdir), "--port", "0"]
+    process = subprocess.Popen(
+        # Not from here: a checkout may hold metadata of an old build, which -m would find first.
+        [*command, "--reload_interval", "1"],
+        cwd=logdir,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    said = []
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"at (http://\S+?)/? ", line):
+                while len(_runs(found.group(1))) < runs:
+                    time.sleep(0.1)
+                yield found.group(1)
+                break
+        else:
+            raise AssertionError("".join(said))
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+        process.stderr.close()
+
+
+def _runs(address: str) -> list[str]:
+    return list(asked(address, "runs")["runs"])
+
+
+def asked(address: str, question: str) -> dict[str, Any]:
+    """Return what the plugin answers, without a browser."""
+    with urllib.request.urlopen(f"{address}/data/plugin/ntk/{question}") as answer:
+        return dict(json.load(answer))
+
+
+@contextlib.contextmanager
+def chromium(downloads: Path) -> Iterator[Chrome]:
+    """Start a headless browser that saves files to a directory."""
+    options = ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1440,1000"):
+        options.add_argument(f"--{flag}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = Chrome(options=options, service=ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+class Tab:
+    """The NTK tab in a browser. It reads the page by scripts but acts as a user does, by mouse and keys.
+
+    Code that a script runs may call eval even where the content security policy forbids it, so what a page does after
+    a click is told apart from what it does for us.
+    """
+
+    def __init__(self, driver: Chrome, address: str) -> None:
+        self.driver, self.address = driver, address
+
+    def open(self) -> None:
+        """Load TensorBoard at the tab, and wait for the first figures."""
+        self.driver.switch_to.default_content()
+        self.driver.get("about:blank")
+        self.driver.get(f"{self.address}/#ntk")
+        self.driver.switch_to.frame(self.one("iframe"))
+        self.until(lambda: self.all(".panel[data-state=drawn]"))
+
+    def until(self, true: Callable[[], Any], patience: float = PATIENCE) -> Any:
+        """Return what `true` returns, once that is something."""
+        end = time.monotonic() + patience
+        last: Exception | None = None
+        while time.monotonic() < end:
+            with contextlib.suppress(StaleElementReferenceException):
+                try:
+                    if found := true():
+                        return found
+                except (LookupError, AssertionError) as error:
+                    last = error
+            time.sleep(0.05)
+        raise AssertionError(f"not seen in {patience} s; {last or ''}")
+
+    def all(self, selector: str) -> list[WebElement]:
+        """Return the elements that match."""
+        return list(self.driver.find_elements(By.CSS_SELECTOR, selector))
+
+    def one(self, selector: str) -> WebElement:
+        """Return the element that matches, as soon as there is one."""
+        found: WebElement = self.until(lambda: self.all(selector))[0]
+        return found
+
+    def text(self, selector: str) -> str:
+        """Return the visible words of an element."""
+        return str(self.until(lambda: (self.one(selector).text,))[0])
+
+    def click(self, selector: str) -> None:
+        """Click an element, which may just be drawn anew."""
+        self.until(lambda: (self.one(selector).click(),))
+
+    def read(self, script: str, *arguments: Any) -> Any:
+        """Return the value of an expression of the page."""
+        return self.driver.execute_script(f"return {script}", *arguments)
+
+    def show(self, selector: str) -> WebElement:
+        """Scroll to an element and wait until all figures in view are drawn."""
+        self.read("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", self.one(selector))
+        self.settle()
+        return self.one(selector)
+
+    def settle(self) -> None:
+        """Wait until nothing in view is loading."""
+        time.sleep(0.1)
+        self.until(lambda: not self.all(".waiting, [data-state=loading]"))
+
+    def errors(self) -> list[str]:
+        """Return errors and refusals of the content security policy since the last call."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]  # type: ignore[no-untyped-call]

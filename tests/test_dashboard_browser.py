@@ -1,0 +1,301 @@
+"""The NTK tab in a browser: what a reader sees and does, on a run of the digits demo's network.
+
+All tests share one TensorBoard and one browser; after each of them nothing may stand in the browser's log.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dashboard import recorded
+from tests.histories import HEALTHY
+
+browser = pytest.importorskip("tests.browser", reason="needs selenium")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.xdist_group("browser"),
+    pytest.mark.skipif(bool(browser.MISSING), reason=browser.MISSING),
+]
+
+PROBES = 6
+# What a run directory may be called; the slash that would close the element cannot be part of it.
+HOSTILE = "<img src=x onerror=top.broken=1>"
+HOSTILE_RUN = HOSTILE.replace("top", "window.top")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the run, which a test may train further."""
+    logdir = tmp_path_factory.mktemp("logdir")
+    run = browser.Digits(logdir / "digits")
+    run.train(PROBES)
+    recorded(logdir / HOSTILE_RUN, HEALTHY)
+    return run
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the browser saves files."""
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def opened(digits: Any, downloads: Path) -> Iterator[Any]:
+    """Yield the tab with the digits run ticked and the hostile one not."""
+    with browser.tensorboard(digits.out.parent, runs=2) as address, browser.chromium(downloads) as driver:
+        tab = browser.Tab(driver, address)
+        tab.open()
+        yield tab
+
+
+@pytest.fixture
+def tab(opened: Any) -> Iterator[Any]:
+    """Yield the tab as it is left by the test before, and refuse what the browser logged meanwhile."""
+    yield opened
+    assert opened.errors() == []
+
+
+def box(tab: Any, run: str) -> Any:
+    """Return the checkbox of a run."""
+    return next(label for label in tab.all(".chips .run") if label.text == run)
+
+
+def asked(tab: Any) -> list[str]:
+    """Return the panels whose figures were fetched since the last call."""
+    urls = tab.read("performance.getEntriesByType('resource').map((entry) => entry.name)")
+    tab.read("performance.clearResourceTimings()")
+    return [found.group(1) for url in urls if (found := re.search(r"/figure\?panel=([\w-]+)", url))]
+
+
+def catalogue(tab: Any) -> dict[str, Any]:
+    """Return the panels by name."""
+    return {panel["name"]: panel for panel in browser.asked(tab.address, "catalogue")["panels"]}
+
+
+def at(tab: Any) -> int:
+    """Return the step that the bar shows."""
+    return int(tab.text(".walk .said b").removeprefix("step "))
+
+
+def slide(tab: Any, by: str, times: int) -> None:
+    """Move the step slider by keys."""
+    tab.one("#step").send_keys(getattr(browser.Keys, by) * times)
+    tab.settle()
+
+
+def test_a_hostile_name_of_a_run_is_text(tab: Any) -> None:
+    assert [label.text for label in tab.all(".chips .run")] == sorted([HOSTILE_RUN, "digits"])
+    assert tab.all(".focus option")[0].get_attribute("textContent") == HOSTILE_RUN
+    tab.show("#panel-learning-rate-interval")
+    tab.show("#panel-spectrum")
+    tab.show("#panel-alignment")
+    assert not tab.all("img[src='x']")
+    assert tab.read("window.top.broken === undefined")
+    box(tab, HOSTILE_RUN).click()
+    tab.until(lambda: not tab.one(".focus").is_displayed())
+    assert tab.text(".subject b") == "digits"
+
+
+def test_every_panel_draws(tab: Any) -> None:
+    names = [panel.get_attribute("data-panel") for panel in tab.all("main .panel")]
+    behind = {"mode-samples", "sample-row", "sample-residual"}
+    assert set(names) == (set(catalogue(tab)) - behind) | {"modes"}
+    for name in names:
+        panel = tab.show(f"#panel-{name}")
+        assert panel.get_attribute("data-state") == "drawn", panel.text
+        assert panel.find_element("css selector", "figcaption").text
+        assert "kernel" in panel.find_element("css selector", ".tip").get_attribute("textContent")
+        if name != "modes":
+            # Not one of them falls back on words for why it is empty.
+            assert tab.read("arguments[0].querySelector('.plot').data.length > 0", panel), name
+            assert panel.find_elements("css selector", ".main-svg .plot, .main-svg .imagelayer"), name
+
+
+def test_numbers_and_findings_come_first(tab: Any) -> None:
+    tab.show(".cards")
+    cards = {card.get_attribute("data-card"): card for card in tab.all(".card")}
+    assert len(cards) >= 6
+    rate = cards["learning rate"]
+    assert re.fullmatch(r"could be multiplied by [\d.]+ to [\d.]+", rate.find_element("css selector", "b").text)
+    assert {"green", "amber", "red"} & set(str(rate.get_attribute("class")).split())
+    assert "safe" not in tab.text(".cards").lower()
+    assert tab.all(".findings .finding")
+
+
+def test_the_slider_asks_only_what_depends_on_the_step(tab: Any) -> None:
+    tab.show("#panel-spectrum")
+    panels = catalogue(tab)
+    title, before = tab.text("#panel-spectrum h3"), tab.text(".cards")
+    asked(tab)
+    last = at(tab)
+    slide(tab, "ARROW_LEFT", 2)
+    assert at(tab) < last
+    assert tab.text("#panel-spectrum h3") != title
+    fetched = asked(tab)
+    assert fetched
+    assert all("step" in panels[name]["depends"] for name in fetched)
+    assert tab.text(".cards") != before
+    slide(tab, "END", 1)
+    assert at(tab) == last
+    assert "latest" in tab.text(".walk .said")
+
+
+def test_play_walks_to_the_end(tab: Any) -> None:
+    tab.show("#panel-spectrum")
+    last, seen = at(tab), set()
+    tab.one("#play").click()
+
+    def ended() -> bool:
+        seen.add(at(tab))
+        return len(seen) > 2 and tab.text("#play") == "▶"
+
+    tab.until(ended)
+    assert at(tab) == last
+    assert len(seen) >= PROBES // 2
+
+
+def test_units_and_linear_axes(tab: Any) -> None:
+    tab.show("#panel-learning-rate-interval")
+    axis = "#panel-learning-rate-interval .xtitle"
+    words = {}
+    for unit in ("epoch", "time", "step"):
+        tab.one(f".units [data-unit={unit}]").click()
+        tab.settle()
+        words[unit] = tab.text(axis)
+    assert len(set(words.values())) == 3, words
+    log = tab.one("#panel-spectrum [data-does=log]")
+    tab.show("#panel-spectrum")
+    kind = "document.querySelector('#panel-spectrum .plot')._fullLayout.yaxis.type"
+    assert tab.read(kind) == "log"
+    log.click()
+    tab.settle()
+    assert tab.read(kind) == "linear"
+    assert "linear=spectrum" in tab.read("parent.location.hash")
+    log.click()
+    tab.settle()
+
+
+def test_a_mode_opens_its_samples_and_a_sample_its_row(tab: Any) -> None:
+    tab.show("#panel-modes")
+    order = "[...document.querySelectorAll('#panel-modes tbody tr')].map((row) => +row.dataset.mode)"
+    by_rank = tab.read(order)
+    assert by_rank == sorted(by_rank)
+    tab.click("#panel-modes th:nth-child(3) button")
+    assert tab.one("#panel-modes th:nth-child(3)").get_attribute("aria-sort") == "descending"
+    assert tab.read(order) != by_rank
+    tab.click("#panel-modes th:nth-child(1) button")
+    tab.click("#panel-modes tr[data-mode='2']")
+    assert tab.text(".drawer h2") == "Mode 2"
+    tab.settle()
+    assert tab.one("#panel-mode-samples").get_attribute("data-state") == "drawn"
+    samples = tab.until(lambda: tab.all(".drawer .sample"))
+    # The picture of a digit, as it came over the wire.
+    assert tab.until(lambda: tab.read("arguments[0].querySelector('img').naturalWidth", samples[0])) >= 8
+    index = samples[0].get_attribute("data-sample")
+    samples[0].click()
+    assert tab.text(".drawer h2") == f"Sample {index}"
+    tab.settle()
+    for name in ("sample-row", "sample-residual"):
+        assert tab.show(f"#panel-{name}").get_attribute("data-state") == "drawn"
+        assert tab.read(f"document.querySelector('#panel-{name} .plot').data.length") > 0
+    tab.one(".drawer").send_keys(browser.Keys.ESCAPE)
+    assert not tab.one(".drawer").is_displayed()
+
+
+@pytest.mark.parametrize(("panel", "opens"), [("mode-decay", "Mode"), ("gram", "Sample")])
+def test_a_click_on_a_point_opens_what_is_behind(tab: Any, panel: str, opens: str) -> None:
+    plot = tab.show(f"#panel-{panel}").find_element("css selector", ".plot")
+    points = plot.find_elements("css selector", ".scatterlayer .points path")
+    mouse = browser.ActionChains(tab.driver)
+    mouse.move_to_element(points[0] if points else plot.find_element("css selector", ".nsewdrag")).click().perform()
+    tab.until(lambda: tab.one(".drawer").is_displayed())
+    assert tab.text(".drawer h2").startswith(opens)
+    tab.settle()
+    tab.one("#close").click()
+
+
+def test_the_launch_of_a_forecast_is_dragged(tab: Any) -> None:
+    tab.show("#panel-loss-forecast")
+    panels = catalogue(tab)
+    handle = tab.one("#panel-loss-forecast .launch")
+    before, place = handle.text, handle.location["x"]
+    asked(tab)
+    browser.ActionChains(tab.driver).drag_and_drop_by_offset(handle, -400, 0).perform()
+    tab.settle()
+    assert handle.text != before
+    assert handle.location["x"] < place - 20
+    fetched = set(asked(tab))
+    assert "loss-forecast" in fetched
+    assert all("launch" in panels[name]["depends"] for name in fetched)
+    assert tab.text(".launches output") == handle.text.removeprefix("from ")
+    assert f"launch={handle.text.removeprefix('from ')}" in tab.read("parent.location.hash")
+
+
+def test_the_page_follows_tensorboard_into_the_dark(tab: Any) -> None:
+    ink = "getComputedStyle(document.querySelector('#panel-spectrum .xtick text')).fill"
+    tab.show("#panel-spectrum")
+    light = tab.read(ink)
+    assert tab.read("document.documentElement.dataset.theme") == "light"
+    tab.driver.switch_to.default_content()
+    tab.one("app-header-dark-mode-toggle button").click()
+    dark = next(item for item in tab.until(lambda: tab.all(".mat-mdc-menu-item")) if "Dark" in item.text)
+    dark.click()
+    tab.driver.switch_to.frame(tab.one("iframe"))
+    tab.until(lambda: tab.read("document.documentElement.dataset.theme") == "dark")
+    assert tab.until(lambda: tab.read(ink) != light)
+    tab.one("#theme").click()
+    assert tab.read("document.documentElement.dataset.theme") == "light"
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("png", b"\x89PNG"), ("svg", b"<svg"), ("csv", b"series,")])
+def test_a_panel_can_be_saved(tab: Any, downloads: Path, kind: str, begins: bytes) -> None:
+    tab.show("#panel-spectrum").find_element("css selector", f"[data-does={kind}]").click()
+    file = downloads / f"ntk-spectrum.{kind}"
+    tab.until(lambda: file.exists() and file.stat().st_size)
+    assert file.read_bytes().startswith(begins)
+    if kind == "csv":
+        rows = file.read_text().splitlines()
+        assert "eigenvalue" in rows[0]
+        assert len(rows) > 100
+
+
+def test_a_narrow_page_does_not_scroll_sideways(tab: Any) -> None:
+    tab.driver.set_window_size(900, 800)
+    tab.settle()
+    assert tab.read("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert tab.read("[...document.querySelectorAll('main .plot .main-svg')].every((p) => p.clientWidth < innerWidth)")
+    tab.driver.set_window_size(1440, 1000)
+
+
+def test_probes_appear_while_training_goes_on(tab: Any, digits: Any) -> None:
+    tab.show("#panel-learning-rate-interval")
+    count = "document.querySelector('#step').max"
+    drawn = "Math.max(...document.querySelector('#panel-learning-rate-interval .plot').data[0].x)"
+    assert int(tab.read(count)) + 1 == PROBES
+    tab.read("window.stayed = true")
+    last = tab.read(drawn)
+    # Nobody touches anything: the page looks by itself.
+    now = digits.train(2)
+    tab.until(lambda: int(tab.read(count)) + 1 == now)
+    tab.until(lambda: tab.read(drawn) > last)
+    assert "latest" in tab.text(".walk .said")
+    # And at once after TensorBoard's own reload; its server has to see the file's end first.
+    now = digits.train(1)
+    time.sleep(1.5)
+    tab.driver.switch_to.default_content()
+    tab.one(".reload-button, [aria-label*='eload']").click()
+    tab.driver.switch_to.frame(tab.one("iframe"))
+    tab.until(lambda: int(tab.read(count)) + 1 == now, patience=5)
+    assert tab.read("window.stayed")
+
+
+def test_a_run_that_is_gone_is_said_to_be(tab: Any, digits: Any) -> None:
+    shutil.rmtree(digits.out.parent / HOSTILE_RUN)
+    tab.until(lambda: len(tab.all(".chips .run")) == 1)
+    assert tab.text(".subject b") == "digits"
