@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ntk_monitor.figures.abscissa import Unit, abscissa
-from ntk_monitor.figures.launch import SHADED, doubtful, launched, launches, marks
+from ntk_monitor.figures.launch import SHADED, doubtful, launched, launches, limits, marks
 from ntk_monitor.figures.style import (
     MODE_COLOURS,
     Figure,
@@ -61,13 +61,14 @@ def named_residuals(
             data.append(line(x, y, f"{label}, forecast", colour, hovertemplate=hover, **bold))
     more = f" The first {_SHOWN} of {len(names)} are drawn." if len(names) > _SHOWN else ""
     forecast = f" Thick lines: forecast from step {start.step}. {SHADED}" if told and start is not None else ""
+    sizes = np.array([_size(s, name) for s in shown for name in names[:_SHOWN] if name in s.directions])
     layout = layout_of(
         title,
         "Residual of the probe along each direction, in the loss's own geometry (Pearson residual for cross-entropy). "
         "After the comma: steps, by simulation, until its energy is a tenth; beyond: not before the run ends."
         f"{forecast}{more}",
         xaxis={"title": {"text": at.title}},
-        yaxis=value_axis(f"|residual| ({ARRAYS['direction_residual'].unit})", log=log),
+        yaxis=value_axis(f"|residual| ({ARRAYS['direction_residual'].unit})", log=log, **limits(sizes, log=log)),
         showlegend=True,
         legend={"font": {"size": 10}},
         shapes=marks(at, start, _doubted(held, start)) if told and start is not None else [],
@@ -98,4 +99,4 @@ def _doubted(held: Sequence[Snapshot], start: Snapshot) -> list[tuple[int, int]]
     after = [s for s in held if s.step > start.step and s.directions == start.directions]
     found = np.array([float((s.direction_residual**2).sum()) for s in after])
     ahead, begun = (start.forecast_directions**2).sum(axis=1), float((start.direction_residual**2).sum())
-    return doubtful(after, found, start.forecast_steps, ahead, begun)
+    return doubtful(after, found, start, ahead, begun)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ntk_monitor.figures.abscissa import Abscissa, Unit, abscissa
-from ntk_monitor.figures.launch import SHADED, doubtful, launched, launches, marks
+from ntk_monitor.figures.launch import SHADED, doubtful, launched, launches, limits, marks
 from ntk_monitor.figures.style import (
     BLUE,
     GREY,
@@ -59,13 +59,12 @@ def loss_forecast(
         still = numbers([strong.loss_value] * 2, positive=log)
         look = {"color": GREY, "dash": "dot", "width": 1.5}
         data.append(line(reach, still, "no change", GREY, line=look, hoverinfo="skip"))
-        shapes = marks(
-            at, strong, doubtful(after, losses, strong.forecast_steps, strong.forecast_loss, strong.loss_value)
-        )
+        shapes = marks(at, strong, doubtful(after, losses, strong, strong.forecast_loss, strong.loss_value))
     points = drawn(at, [s.step for s in probes], [s.loss_value for s in probes], log=log)
     dots = {"marker": {"size": 6, "color": BLUE}, "line": {"color": BLUE, "width": 0.7}}
     data.append(series("measured", BLUE, points | dots, at.word))
     reasons = [s.texts.get("ahead", s.texts.get("forecast", "")) for s in probes]
+    values = np.array([s.loss_value for s in probes])
     missing = "" if made else f" No forecast: {reasons[-1] or 'none was asked for'}."
     layout = layout_of(
         title,
@@ -73,7 +72,7 @@ def loss_forecast(
         "optimizer and the learning rates to come; the kernel is frozen there, so take it as a direction. "
         f"{SHADED if made else ''}{missing}",
         xaxis={"title": {"text": at.title}},
-        yaxis=value_axis("loss on the probe (loss units)", log=log),
+        yaxis=value_axis("loss on the probe (loss units)", log=log, **limits(values, log=log)),
         showlegend=True,
         legend=_BELOW,
         shapes=shapes,

@@ -54,7 +54,7 @@ def kernel_map(snapshots: Sequence[Snapshot], step: int | None = None) -> Figure
     Turned towards the last stored probe, which itself is turned towards the first: so that the map of every step is
     near to that of the end, where classes lie apart.
     """
-    title = "Samples as the kernel sees them"
+    title = "Map of the kernel"
     stored = [s for s in measured(snapshots) if s.gram.ndim == 2 and len(s.gram) > 2 and np.isfinite(s.gram).all()]
     if not stored:
         return empty(title, "No Gram matrix was stored.")

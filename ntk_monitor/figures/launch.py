@@ -1,8 +1,8 @@
 """From which probe a forecast is drawn, and where what was measured later says that it does not hold.
 
-A forecast freezes the kernel at its launch. It is doubted at a later probe where it misses by at least as much as
-forecasting no change would, or where the learning rate lies above the bound of full batches: there a frozen kernel
-would grow without end, and real networks do not.
+A forecast freezes the kernel at its launch. It is doubted at a later probe where it misses, as a ratio, by at least as
+much as forecasting no change would, or where the learning rate lies above the bound of full batches: there a frozen
+kernel would grow without end, and real networks do not.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,12 @@ import numpy as np
 
 from ntk_monitor.figures.abscissa import Abscissa
 from ntk_monitor.figures.style import Figure, measured, stripe, upright
-from ntk_monitor.snapshot import Floats, Integers, Snapshot
+from ntk_monitor.snapshot import Floats, Snapshot
 
 SHADED = "Shaded: no better there than forecasting no change, or the learning rate is above its bound."
+
+# Where less than this has changed since the launch (logarithm of the ratio), there is nothing to judge by.
+_STILL = 0.02
 
 
 def launched(snapshots: Sequence[Snapshot], launch: int | None = None) -> Snapshot | None:
@@ -32,29 +35,29 @@ def launched(snapshots: Sequence[Snapshot], launch: int | None = None) -> Snapsh
 
 
 def doubtful(
-    after: Sequence[Snapshot], found: Floats, ticks: Floats | Integers, forecast: Floats, start: float
+    after: Sequence[Snapshot], found: Floats, launch: Snapshot, forecast: Floats, start: float
 ) -> list[tuple[int, int]]:
     """Return stretches of steps, first and last probe of each, where a forecast is no better than none.
 
     Args:
-        after: probes from the launch on, in order.
-        found: (len(after),) what was measured there.
-        ticks: (k,) ascending steps of the forecast.
-        forecast: (k,) what it says at them.
+        after: probes behind the launch, in order.
+        found: (len(after),) what was measured there, positive.
+        launch: the probe that made the forecast.
+        forecast: what it says at each of the launch's `forecast_steps`.
         start: what was measured at the launch.
     """
     if not len(after):
         return []
     steps = np.array([s.step for s in after], dtype=np.float64)
-    said = np.interp(steps, np.asarray(ticks, dtype=np.float64), forecast, right=np.nan)
-    with np.errstate(invalid="ignore"):
-        bad = np.abs(said - found) >= np.abs(start - found)
-    bad &= np.isfinite(said) & np.isfinite(found) & (np.abs(start - found) > 1e-3 * abs(start))
+    said = np.interp(steps, np.asarray(launch.forecast_steps, dtype=np.float64), forecast, right=np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        miss, change = np.abs(np.log(said / found)), np.abs(np.log(start / found))
+    bad = (miss >= change) & (change > _STILL)
     bad |= np.array([s.metrics.get("lr_headroom_high", np.inf) < 1 for s in after])
     stretches: list[tuple[int, int]] = []
     for i in np.flatnonzero(bad).tolist():
-        # From the probe before, which was still right, to the one after: what lies between was not looked at.
-        first, last = int(steps[max(i - 1, 0)]), int(steps[i])
+        # From the probe before, which was still right: what lies between was not looked at.
+        first, last = int(steps[i - 1]) if i else launch.step, int(steps[i])
         if stretches and stretches[-1][1] >= first:
             stretches[-1] = (stretches[-1][0], last)
         else:
@@ -72,3 +75,14 @@ def launches(at: Abscissa, snapshots: Sequence[Snapshot]) -> list[list[float]]:
     """Return step and place of every forecast, for a page that lets a reader drag the launch."""
     steps = [s.step for s in measured(snapshots) if s.forecast_steps.size]
     return [[step, x] for step, x in zip(steps, at(steps), strict=True)]
+
+
+def limits(found: Floats, *, log: bool) -> Figure:
+    """Return the range of a vertical axis by what was measured: simulations fall, or grow, without end.
+
+    Logarithmic: from a thirtieth of the least measured value to three times the largest; linear: from zero.
+    """
+    kept = found[np.isfinite(found) & (found > 0)]
+    if not log or not kept.size:
+        return {"rangemode": "tozero"} if not log else {}
+    return {"range": [float(np.log10(kept.min())) - 1.5, float(np.log10(kept.max())) + 0.5]}

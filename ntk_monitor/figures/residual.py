@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from ntk_monitor.bands import NAMES, REACH, band_energy, bands, reach, reach_energy, remaining_steps
 from ntk_monitor.figures.abscissa import Unit, abscissa
-from ntk_monitor.figures.launch import SHADED, doubtful, launched, launches, marks
+from ntk_monitor.figures.launch import SHADED, doubtful, launched, launches, limits, marks
 from ntk_monitor.figures.style import (
     BAND_COLOURS,
     Figure,
@@ -21,7 +21,7 @@ from ntk_monitor.figures.style import (
     thinned,
     value_axis,
 )
-from ntk_monitor.snapshot import Floats, Snapshot
+from ntk_monitor.snapshot import Snapshot
 
 _REACH_COLOURS = ("#2e9e55", "#7fc48c", "#e07b00", "#a0a0a0")
 _AREAS, _DOTS, _BARS = 180, 120, 40
@@ -103,15 +103,14 @@ def residual_reach(
     after = [s for s in like if s.step > start.step]
     found = np.array([float((s.coordinates**2).sum()) for s in after])
     begun = float((start.coordinates**2).sum())
-    stretches = doubtful(after, found, ticks, start.forecast_bands.sum(axis=1), begun)
-    limits = _limits(energy.sum(axis=1)) if log else {"rangemode": "tozero"}
+    stretches = doubtful(after, found, start, start.forecast_bands.sum(axis=1), begun)
     layout = layout_of(
         title,
         f"Energy of the probe's residual by when it falls to a tenth, as simulated at step {start.step} with "
         f"{remaining_steps(start):.0f} steps to go. Lines: that simulation, with the kernel frozen there. Dots: "
         f"measured, in the modes of the same ranks at each probe. {SHADED}",
         xaxis={"title": {"text": at.title}},
-        yaxis=value_axis("energy of the residual (loss units)", log=log, **limits),
+        yaxis=value_axis("energy of the residual (loss units)", log=log, **limits(energy.sum(axis=1), log=log)),
         showlegend=True,
         legend={"orientation": "h", "y": -0.22},
         shapes=marks(at, start, stretches),
@@ -123,14 +122,6 @@ def residual_reach(
 def _masks(start: Snapshot) -> dict[str, NDArray[np.bool_]]:
     """Return which modes belong to each band by time to learn, as the simulation at this probe has it."""
     return reach(start.rates, start.rates_floor, start.time_to_learn, remaining_steps(start))
-
-
-def _limits(total: Floats) -> Figure:
-    """Return a logarithmic range from a hundredth of the least total energy: simulations fall without end."""
-    kept = total[np.isfinite(total) & (total > 0)]
-    if not kept.size:
-        return {}
-    return {"range": [float(np.log10(kept.min())) - 2, float(np.log10(kept.max())) + 0.3]}
 
 
 def _reach_shares(snapshots: Sequence[Snapshot], title: str) -> Figure:

@@ -73,8 +73,10 @@ def spectra(runs: Mapping[str, Sequence[Snapshot]], step: int | None = None, *, 
     yaxis = value_axis(f"eigenvalue ({ARRAYS['eigenvalues'].unit})", log=log, dtick=1 if log else None)
     if floors and log:
         top = max(float(np.nanmax(one, initial=floors[0])) for one in values)
-        # Rounding noise reaches far below the floor; a decade of it is enough to see that it is there.
-        yaxis |= _decades(float(np.log10(min(floors))) - 1, float(np.log10(top)) + 0.5)
+        least = min(float(one[one > 0].min(initial=top)) for one in values)
+        # Rounding noise reaches far below the floor; a decade of it is enough to see that it is there. A floor far
+        # below every eigenvalue stays in the legend alone.
+        yaxis |= _decades(float(np.log10(max(min(floors), 1e-5 * least))) - 1, float(np.log10(top)) + 0.5)
     others = "" if alone else " Kernels of different probes or networks have scales of their own."
     layout = layout_of(
         f"Spectrum, step {some.step}" if alone else "Spectrum",
