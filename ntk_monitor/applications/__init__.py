@@ -19,6 +19,7 @@ APPLICATIONS: tuple[str, ...] = (
     "initialization",
     "activations",
     "residual",
+    "normalization",
     "dropout",
     "geometry",
     "task_overlap",
@@ -26,6 +27,7 @@ APPLICATIONS: tuple[str, ...] = (
     "neural_ode",
     "lazy_or_rich",
     "class_interference",
+    "generalization",
 )
 """Names of the modules that exist, in the order of the chapter they come from."""
 
