@@ -47,6 +47,9 @@ _PARSED = {
     name: field.type for name, field in _FIELDS.items() if field.type in (float, tuple[str, ...], dict[str, float])
 }
 """Fields that JSON holds in another form than the Snapshot."""
+_REQUIRED = tuple(
+    name for name, field in _FIELDS.items() if field.default is MISSING and field.default_factory is MISSING
+)
 _CHECKSUM = ', "checksum": '
 
 
@@ -151,7 +154,7 @@ def contents(record: str | bytes) -> dict[str, Any]:
             f"this version of ntk-monitor reads probes up to schema {SCHEMA}, got schema {schema}; "
             "upgrade with: pip install --upgrade ntk-monitor"
         )
-    absent = [name for name, field in _FIELDS.items() if name not in raw and _required(field)]
+    absent = [name for name in _REQUIRED if name not in raw]
     if absent:
         raise DamagedRecordError(f"a probe's record lacks {', '.join(absent)}")
     known = {name: raw[name] for name in _FIELDS if name in raw}
@@ -238,7 +241,3 @@ def _parsed(value: Any, kind: Any) -> Any:
         # Most are numbers already, and a long run has a million of them.
         return {key: item if type(item) is float else _parsed(item, float) for key, item in value.items()}
     return value
-
-
-def _required(field: Any) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING

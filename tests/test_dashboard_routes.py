@@ -11,13 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.context import RequestContext
 
 from ntk_monitor.cards import cards
+from ntk_monitor.dashboard import payload
+from ntk_monitor.dashboard.answers import BLOBS
 from ntk_monitor.dashboard.pictures import png
+from ntk_monitor.dashboard.source import Asked
+from ntk_monitor.dashboard.store import Store
 from ntk_monitor.health import findings
 from ntk_monitor.history import load_history
 from ntk_monitor.mode_table import mode_table
-from ntk_monitor.panels import CATALOGUE, GROUPS, View
+from ntk_monitor.panels import CATALOGUE, GROUPS, View, draw
 from ntk_monitor.snapshot import Snapshot
 from tests.dashboard import Tab, recorded
 from tests.histories import CLASSES, EVERY, HEALTHY, facts
@@ -70,14 +75,15 @@ def test_the_manifest_says_what_can_be_chosen(tab: Tab) -> None:
     found = tab.json("manifest", run="one")
     assert found["steps"] == [k * EVERY for k in range(12)]
     assert found["launches"] == found["steps"]
-    assert found["gram_steps"] == [0, 75, 150, 225]
     assert (found["samples"], found["outputs"], found["modes"], found["total_steps"]) == (64, 3, 10, 300)
-    assert found["labels"] == CLASSES.tolist()
     assert "K = J J^T" in found["kernel"]
     assert (found["error"], found["light_steps"]) == (None, [])
     # The monitor wrote the rate at every step; times are their sum up to each probe. Epochs were not recorded.
     rates = np.concatenate([s.lr_values[:, 0] for s in HEALTHY])
-    assert found["times"] == pytest.approx([rates[:step].sum() for step in found["steps"]], rel=1e-5)
+    assert found["times"] is None
+    assert tab.json("manifest", run="one", unit="time")["times"] == pytest.approx(
+        [rates[:step].sum() for step in found["steps"]], rel=1e-5
+    )
     assert found["epochs"] == [None] * 12
 
 
@@ -93,6 +99,14 @@ def test_every_panel_is_answered_for_every_kind_of_run(tab: Tab, name: str) -> N
         assert {"data", "layout"} <= figure.keys()
         assert figure["layout"]["meta"]["tooltip"]
         assert "kernel" in figure["layout"]["meta"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_panels_of_blobs_need_blobs(tab: Tab, name: str) -> None:
+    reading = Store(tab.provider).reading(Asked(RequestContext(), ""), "one")
+    view = View(step=150, mode=2, sample=3)
+    closed, opened = (draw(name, {"one": history}, view) for history in (reading.history, reading.opened(150)))
+    assert (payload.text(closed) != payload.text(opened)) == (name in BLOBS)
 
 
 def test_a_figure_follows_the_step_and_the_focus(tab: Tab) -> None:

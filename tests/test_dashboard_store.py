@@ -62,7 +62,7 @@ def same(left: History, right: History) -> None:
 
 def opened(store: Store, run: str) -> History:
     """The run with all its blobs in sight."""
-    history = store.reading(ASKED, run).history()
+    history = store.reading(ASKED, run).history
     blobs = [name for name, stored in ARRAYS.items() if stored.blob]
     return replace(history, snapshots=tuple(probe.opened(blobs) for probe in history))  # type: ignore[attr-defined]
 
@@ -77,7 +77,7 @@ def test_nothing_is_read_before_somebody_looks(logdir: Path) -> None:
     store = Store(provider)
     assert store.names(ASKED) == ["run"]
     assert not read
-    history = store.reading(ASKED, "run").history()
+    history = store.reading(ASKED, "run").history
     assert read.keys() <= {"read_tensors", "read_blob_sequences", "record", *ARRAYS}
     assert not read.keys() & {"eigenvalues", "predictions", "read_blob"}
     assert history.eigenvalues.shape == history.eigenvalues.shape == (12, 10)
@@ -89,7 +89,7 @@ def test_blobs_in_sight_are_the_first_the_last_and_the_nearest(logdir: Path) -> 
     store = Store(Tab(logdir).provider)
 
     def seen(step: int | None) -> list[int]:
-        return [s.step // EVERY for s in store.reading(ASKED, "run").history(step) if s.gram.size]
+        return [s.step // EVERY for s in store.reading(ASKED, "run").opened(step) if s.gram.size]
 
     assert seen(None) == [1, 10]
     assert seen(0) == [1, 10]
@@ -97,22 +97,21 @@ def test_blobs_in_sight_are_the_first_the_last_and_the_nearest(logdir: Path) -> 
     assert seen(5 * EVERY) == [1, 4, 10]
     assert seen(6 * EVERY) == [1, 7, 10]
     assert seen(10**12) == [1, 10]
-    assert store.reading(ASKED, "run").stored("gram") == [k * EVERY for k in (1, 4, 7, 10)]
-    np.testing.assert_array_equal(store.reading(ASKED, "run").history(4 * EVERY)[4].gram, gram(4))
+    np.testing.assert_array_equal(store.reading(ASKED, "run").opened(4 * EVERY)[4].gram, gram(4))
 
 
 def test_new_probes_are_seen_and_old_ones_are_kept(logdir: Path) -> None:
     tab = Tab(logdir)
     read = counted(tab.provider)
     store = Store(tab.provider)
-    before, version = store.reading(ASKED, "run").history(), store.reading(ASKED, "run").version
+    before, version = store.reading(ASKED, "run").history, store.reading(ASKED, "run").version
     assert len(before.eigenvalues) == 12
     later = replace(HEALTHY[3], step=1000, wall_time=1.8e9, eigenvalues=np.full(10, 7.0))
     append(next((logdir / "run").iterdir()), event(later))
     assert store.reading(ASKED, "run").version == version
     tab.reload()
     assert store.reading(ASKED, "run").version != version
-    after = store.reading(ASKED, "run").history()
+    after = store.reading(ASKED, "run").history
     assert [s.step for s in after][-2:] == [275, 1000]
     np.testing.assert_array_equal(after.eigenvalues[-1], np.full(10, 7.0))
     assert read["eigenvalues"] == 2
@@ -141,7 +140,7 @@ def test_several_monitors_have_names_of_their_own(tmp_path: Path) -> None:
     recorded(tmp_path / "b", HEALTHY[:4], prefix="held/out")
     store = Store(Tab(tmp_path).provider)
     assert store.names(ASKED) == ["a", "a · held/out", "b"]
-    assert [len(store.reading(ASKED, name).history()) for name in store.names(ASKED)] == [2, 3, 4]
+    assert [len(store.reading(ASKED, name).history) for name in store.names(ASKED)] == [2, 3, 4]
 
 
 def test_versions_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -165,8 +164,8 @@ def test_newer_schemas_say_so(tmp_path: Path) -> None:
     append(path, edited(HEALTHY[2], schema=99))
     store = Store(Tab(tmp_path).provider)
     with pytest.raises(HistoryError, match="got schema 99; upgrade"):
-        store.reading(ASKED, "new").history()
-    mixed = store.reading(ASKED, "mixed").history()
+        store.reading(ASKED, "new")
+    mixed = store.reading(ASKED, "mixed").history
     assert len(mixed) == 2
     assert "1 probes are not shown" in mixed.notes[0]
     assert "upgrade" in mixed.notes[0]
@@ -177,7 +176,7 @@ def test_records_that_are_not_what_they_should_be_are_passed_over(tmp_path: Path
     nonsense = event(HEALTHY[1])
     nonsense.summary.value[-1].tensor.string_val[0] = b"\xff{"
     append(path, nonsense, edited(HEALTHY[2], step=7), edited(HEALTHY[3], wall_time="soon"), event(HEALTHY[4]))
-    history = Store(Tab(tmp_path).provider).reading(ASKED, "run").history()
+    history = Store(Tab(tmp_path).provider).reading(ASKED, "run").history
     assert [s.step for s in history] == [0, 100]
     assert history.notes[0].startswith("3 damaged records were passed over")
 

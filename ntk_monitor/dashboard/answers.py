@@ -27,6 +27,11 @@ ABOUT = (
     "batch size and loss factor is applied where it is used and named there. The numbers describe these probe samples."
 )
 
+UNITS = ("step", "epoch", "time")
+"""What can run along horizontal axes, the default first."""
+BLOBS = frozenset({"gram", "kernel-map", "mode-samples", "sample-row"})
+"""Panels that draw what is stored at few probes and read one by one."""
+
 _ENTRIES = {entry.name: entry for entry in CATALOGUE}
 _DRAWN = 128
 """Figures that are kept as text: a thousand probes make one of about 100 kB."""
@@ -80,9 +85,8 @@ class Answers:
         try:
             reading = self._store.reading(asked, run)
         except HistoryError as error:
-            return {"run": run, "version": "", "gram_steps": [], **manifest(History(())), "error": str(error)}
-        found = manifest(reading.history())
-        return {"run": run, "version": reading.version, "gram_steps": reading.stored("gram"), **found}
+            return {"run": run, "version": "", **manifest(History(())), "error": str(error)}
+        return {"run": run, "version": reading.version, **manifest(reading.history, query.one_of("unit", *UNITS))}
 
     def figure(self, asked: Asked, query: Query) -> Answer:
         """Return one panel of the ticked runs."""
@@ -98,7 +102,8 @@ class Answers:
         with self._lock:
             drawn = self._drawn.pop(key, None)
         if drawn is None:
-            shown = {name: reading.history(view.step) for name, reading in readings.items()}
+            heavy = entry.name in BLOBS
+            shown = {name: one.opened(view.step) if heavy else one.history for name, one in readings.items()}
             drawn = payload.text(draw(entry.name, shown, view))
         with self._lock:
             self._drawn[key] = drawn
@@ -114,12 +119,12 @@ class Answers:
 
     def cards(self, asked: Asked, query: Query) -> Answer:
         """Return a run in a few numbers with their lights, as it stood at a step."""
-        found = cards(self._store.reading(asked, query.text("run")).history(), _view(query))
+        found = cards(self._store.reading(asked, query.text("run")).history, _view(query))
         return {"cards": [asdict(card) for card in found]}
 
     def modes(self, asked: Asked, query: Query) -> Answer:
         """Return the table of modes of the probe nearest to a step."""
-        history = self._store.reading(asked, query.text("run")).history()
+        history = self._store.reading(asked, query.text("run")).history
         measured = history.measured
         if not measured:
             return {"columns": [], "rows": [], "note": "No probe has been measured yet.", "step": None}
@@ -131,34 +136,33 @@ class Answers:
     def mode(self, asked: Asked, query: Query) -> Answer:
         """Return the samples that load most on a mode, on either side."""
         step, mode = query.number("step"), query.number("mode", 1) or 1
-        return drill.mode(self._store.reading(asked, query.text("run")).history(step), step, mode)
+        return drill.mode(self._store.reading(asked, query.text("run")).opened(step), step, mode)
 
     def sample(self, asked: Asked, query: Query) -> Answer:
         """Return what is known of one sample of the probe."""
         index = query.number("sample")
         if index is None:
             raise InputError("wanted ?sample= the index of a sample in the probe, got nothing")
-        return drill.sample(self._store.reading(asked, query.text("run")).history(query.number("step")), index)
+        return drill.sample(self._store.reading(asked, query.text("run")).opened(query.number("step")), index)
 
 
-def manifest(history: History) -> dict[str, Any]:
-    """Return what the controls of the page need: steps, axes, names."""
+def manifest(history: History, unit: str = "step") -> dict[str, Any]:
+    """Return what the controls of the page need: steps, axes, names; the axis of times only if that is the unit."""
     measured = history.measured
     last = measured[-1] if measured else None
-    labels = next((s.labels for s in reversed(measured) if s.labels.size), ())
     totals = [s.facts["total_steps"] for s in history.snapshots if "total_steps" in s.facts]
     return {
         "steps": [s.step for s in measured],
         "light_steps": [s.step for s in history.light],
         "launches": [s.step for s in measured if s.forecast_steps.size],
         "epochs": _places(history, "epoch"),
-        "times": _places(history, "time"),
+        # Learning rates of all steps are only read for those who look at them.
+        "times": _places(history, "time") if unit == "time" else None,
         "total_steps": int(totals[-1]) if totals else None,
         "kernel": kernel_words(last) if last else "",
         "samples": last.samples if last else 0,
         "outputs": last.outputs if last else 0,
         "modes": len(last.rates) or len(last.eigenvalues) if last else 0,
-        "labels": [int(label) for label in labels],
         "notes": list(history.notes),
         "error": None,
     }
@@ -181,7 +185,7 @@ def _view(query: Query) -> View:
     return View(
         step=query.number("step"),
         launch=query.number("launch"),
-        unit=query.one_of("unit", "step", "epoch", "time"),  # type: ignore[arg-type]
+        unit=query.one_of("unit", *UNITS),  # type: ignore[arg-type]
         log=query.one_of("log", "1", "0") == "1",
         mode=query.number("mode", 1),
         sample=query.number("sample"),

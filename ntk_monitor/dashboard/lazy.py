@@ -1,12 +1,18 @@
 """A Snapshot whose arrays stay at the data server until somebody looks at them."""
 
 from collections.abc import Iterable
+from dataclasses import MISSING, fields
 from typing import Any
 
 from ntk_monitor.dashboard.source import NOTHING, Array, Key, Source
 from ntk_monitor.snapshot import ARRAYS, Snapshot
 
-_FIELDS = tuple(name for name in Snapshot.__dataclass_fields__ if name not in ARRAYS)
+_FIELDS = tuple(
+    (field.name, field.default, None if field.default_factory is MISSING else field.default_factory)
+    for field in fields(Snapshot)
+    if field.name not in ARRAYS
+)
+"""Name, default and factory of every field that is no array."""
 
 
 class LazySnapshot(Snapshot):
@@ -18,13 +24,16 @@ class LazySnapshot(Snapshot):
     _source: Source | None
     _opened: frozenset[str]
 
-    def __init__(self, source: Source | None = None, opened: Iterable[str] = (), **fields: Any) -> None:
+    def __init__(self, source: Source | None = None, opened: Iterable[str] = (), **record: Any) -> None:
         """Hold the fields of a record; `source` has the arrays that are not among them."""
-        # The base is frozen, and forbids plain assignment to these as well.
-        object.__setattr__(self, "_given", {})
-        object.__setattr__(self, "_source", source)
-        object.__setattr__(self, "_opened", frozenset(opened))
-        super().__init__(**fields)
+        # Not the base's constructor, which would make thirty empty arrays for each of ten thousand probes. The base is
+        # frozen, and forbids plain assignment to our own attributes as well.
+        keep = object.__setattr__
+        keep(self, "_source", source)
+        keep(self, "_opened", frozenset(opened))
+        keep(self, "_given", {name: record[name] for name in record.keys() & ARRAYS.keys() if record[name].size})
+        for name, default, factory in _FIELDS:
+            keep(self, name, record[name] if name in record else factory() if factory else default)
 
     @property
     def key(self) -> Key:
@@ -33,8 +42,8 @@ class LazySnapshot(Snapshot):
 
     def opened(self, names: Iterable[str]) -> "LazySnapshot":
         """Return the same probe with these blobs in sight, which are read when they are looked at."""
-        fields = {name: getattr(self, name) for name in _FIELDS}
-        return LazySnapshot(self._source, self._opened.union(names), **fields, **self._given)
+        record = {name: getattr(self, name) for name, _, _ in _FIELDS}
+        return LazySnapshot(self._source, self._opened.union(names), **record, **self._given)
 
     def array(self, name: str) -> Array:
         """Return an array: one that was given, or what the source has."""
@@ -46,15 +55,7 @@ class LazySnapshot(Snapshot):
 
 
 def _lazy(name: str) -> property:
-    def get(snapshot: LazySnapshot) -> Array:
-        return snapshot.array(name)
-
-    def keep(snapshot: LazySnapshot, array: Array) -> None:
-        # The dataclass's own constructor sets every field, most of them to the empty array that stands for none.
-        if array.size:
-            snapshot._given[name] = array
-
-    return property(get, keep, doc=ARRAYS[name].meaning)
+    return property(lambda snapshot: snapshot.array(name), doc=ARRAYS[name].meaning)
 
 
 for _name in ARRAYS:

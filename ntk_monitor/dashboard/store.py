@@ -28,10 +28,16 @@ class Reading:
     notes: tuple[str, ...]
     source: Source
 
-    def history(self, step: int | None = None) -> History:
+    @property
+    def history(self) -> History:
+        """The probes with no blob in sight."""
+        return History(self.probes, self.notes, self.source.prefix)
+
+    def opened(self, step: int | None = None) -> History:
         """Return the probes with the blobs that are nearest to a step (None: the last) in sight.
 
-        In sight are also the first and the last of each kind, which fixed scales rest on.
+        In sight are also the first and the last of each kind, which fixed scales rest on. Keys of blobs are read at the
+        first call, blobs when they are looked at.
         """
         places = {probe.key: i for i, probe in enumerate(self.probes)} if self.source.blobs else {}
         shown: dict[int, set[str]] = {}
@@ -45,11 +51,6 @@ class Reading:
         for i, names in shown.items():
             probes[i] = probes[i].opened(names)
         return History(tuple(probes), self.notes, self.source.prefix)
-
-    def stored(self, blob: str) -> list[int]:
-        """Return the steps of the probes that hold a blob; only its keys are read."""
-        keys = {probe.key for probe in self.probes}
-        return [key[0] for key in self.source.stored(blob) if key in keys]
 
 
 @dataclass(slots=True)

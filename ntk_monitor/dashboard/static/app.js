@@ -82,7 +82,7 @@ class Page {
   async look() {
     await Promise.all(this.state.runs.map(async (run) => {
       try {
-        this.manifests.set(run, await ask(address("manifest", { run })));
+        this.manifests.set(run, await ask(address("manifest", { run, unit: this.state.unit })));
       } catch (error) {
         if (!this.manifests.has(run)) this.manifests.set(run, { run, steps: [], error: error.message, version: "", notes: [] });
       }
@@ -183,7 +183,7 @@ export async function start(body) {
   page.draw();
   page.state.on(async (changed) => {
     page.draw();
-    if (!changed.has("runs")) return;
+    if (!changed.has("runs") && !changed.has("unit")) return;
     await page.look();
     page.draw();
   });
