@@ -10,7 +10,7 @@ from typing import TypeAlias
 from ntk_monitor import figures
 from ntk_monitor.errors import InputError
 from ntk_monitor.figures import Figure
-from ntk_monitor.figures.abscissa import Unit, abscissa
+from ntk_monitor.figures.abscissa import Unit, abscissa, recorded_rates
 from ntk_monitor.figures.style import empty, kernel_words, nearest
 from ntk_monitor.history import History
 from ntk_monitor.snapshot import Snapshot
@@ -79,7 +79,7 @@ def _all(runs: Runs) -> dict[str, Sequence[Snapshot]]:
 
 def _rates(runs: Runs, view: View) -> Figure:
     probes = _first(runs)
-    steps, rates = next(iter(runs.values()), History(())).learning_rates
+    steps, rates = recorded_rates(probes)
     at = abscissa(probes, view.unit)
     return figures.learning_rates(steps.tolist(), rates.tolist(), probes[-1].step if probes else 0, at)
 

@@ -75,12 +75,25 @@ def steps_per_epoch(snapshots: Sequence[Snapshot]) -> float:
 
 
 def largest_rates(snapshots: Sequence[Snapshot]) -> tuple[Array, Array]:
-    """Return steps (k,) at which learning rates were written down, and the largest of all groups from there on (k,)."""
-    rows = [(s.lr_steps, s.lr_values) for s in snapshots if s.lr_steps.size and len(s.lr_steps) == len(s.lr_values)]
-    if not rows:
-        return np.empty(0), np.empty(0)
-    steps = np.concatenate([np.asarray(at, dtype=np.float64) for at, _ in rows])
-    rates = np.concatenate([np.nan_to_num(v.reshape(len(at), -1).astype(np.float64)).max(axis=1) for at, v in rows])
-    # Later records replace earlier ones at the same step.
-    unique, last = np.unique(steps[::-1], return_index=True)
-    return unique, rates[::-1][last]
+    """Return steps (k,) at which learning rates changed, and the largest of all groups from there on (k,)."""
+    steps, rates = recorded_rates(snapshots)
+    return steps, np.nan_to_num(rates).max(axis=1, initial=0.0)
+
+
+def recorded_rates(snapshots: Sequence[Snapshot]) -> tuple[Array, Array]:
+    """Return steps (k,) at which learning rates changed, and the rates from there on (k, groups), NaN for no group."""
+    held = [s for s in snapshots if s.lr_steps.size and s.lr_values.ndim == 2 and len(s.lr_steps) == len(s.lr_values)]
+    if not held:
+        return np.empty(0), np.empty((0, 1))
+    groups = max(s.lr_values.shape[1] for s in held)
+    steps = np.concatenate([np.asarray(s.lr_steps, dtype=np.float64) for s in held])
+    wide = [((0, 0), (0, groups - s.lr_values.shape[1])) for s in held]
+    rates = np.concatenate(
+        [np.pad(s.lr_values.astype(np.float64), pad, constant_values=np.nan) for s, pad in zip(held, wide, strict=True)]
+    )
+    # Later records replace earlier ones at the same step; a probe may repeat the rates it started with.
+    steps, last = np.unique(steps[::-1], return_index=True)
+    rates = rates[::-1][last]
+    same = np.isclose(rates[1:], rates[:-1], rtol=0, atol=0, equal_nan=True).all(axis=1)
+    new = np.append(True, ~same)
+    return steps[new], rates[new]

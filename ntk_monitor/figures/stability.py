@@ -117,7 +117,7 @@ def learning_rate_intervals(runs: Mapping[str, Sequence[Snapshot]], unit: Unit =
 
 
 def learning_rates(
-    steps: Sequence[int], values: Sequence[Sequence[float]], end: int, at: Abscissa | None = None
+    steps: Sequence[float], values: Sequence[Sequence[float]], end: int, at: Abscissa | None = None
 ) -> Figure:
     """Return the learning rate of every parameter group, (change,) and (change, group), until step `end`."""
     title = "Learning rate"
