@@ -86,11 +86,12 @@ def recorded_rates(snapshots: Sequence[Snapshot]) -> tuple[Array, Array]:
     if not held:
         return np.empty(0), np.empty((0, 1))
     groups = max(s.lr_values.shape[1] for s in held)
-    steps = np.concatenate([np.asarray(s.lr_steps, dtype=np.float64) for s in held])
-    wide = [((0, 0), (0, groups - s.lr_values.shape[1])) for s in held]
-    rates = np.concatenate(
-        [np.pad(s.lr_values.astype(np.float64), pad, constant_values=np.nan) for s, pad in zip(held, wide, strict=True)]
-    )
+    steps = np.concatenate([s.lr_steps for s in held]).astype(np.float64)
+    rates = np.full((len(steps), groups), np.nan)
+    end = 0
+    for s in held:
+        start, end = end, end + len(s.lr_values)
+        rates[start:end, : s.lr_values.shape[1]] = s.lr_values
     # Later records replace earlier ones at the same step; a probe may repeat the rates it started with.
     steps, last = np.unique(steps[::-1], return_index=True)
     rates = rates[::-1][last]

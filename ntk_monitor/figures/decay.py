@@ -78,6 +78,7 @@ def _mode(held: Sequence[Snapshot], rank: int, colour: str, at: Abscissa, *, log
     found.append(line(x, speed, f"mode {rank}, decay", colour, **below))
     told = [s for s in own if s.time_to_learn.size > i and s.time_to_learn[i] > 0]
     if told:
+        told = [told[j] for j in thinned(len(told), _DOTS)]
         # Energy a tenth after T steps is a residual that shrinks by ln(10) / 2T a step, were it exponential.
         rates = numbers([np.log(10) / 2 / float(s.time_to_learn[i]) for s in told])
         cross = {"mode": "markers", "marker": {"color": colour, "size": 8, "symbol": "x-thin-open"}} | below

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from ntk_monitor.figures.abscissa import Abscissa
-from ntk_monitor.figures.style import Figure, measured, stripe, upright
+from ntk_monitor.figures.style import Figure, measured, stripe, thinned, upright
 from ntk_monitor.snapshot import Floats, Snapshot
 
 SHADED = "Shaded: no better there than forecasting no change, or the learning rate is above its bound."
 
 # Where less than this has changed since the launch (logarithm of the ratio), there is nothing to judge by.
 _STILL = 0.02
+
+_LAUNCHES = 500
 
 
 def launched(snapshots: Sequence[Snapshot], launch: int | None = None) -> Snapshot | None:
@@ -72,8 +74,9 @@ def marks(at: Abscissa, launch: Snapshot, stretches: Sequence[tuple[int, int]]) 
 
 
 def launches(at: Abscissa, snapshots: Sequence[Snapshot]) -> list[list[float]]:
-    """Return step and place of every forecast, for a page that lets a reader drag the launch."""
-    steps = [s.step for s in measured(snapshots) if s.forecast_steps.size]
+    """Return step and place of forecasts, for a page that lets a reader drag the launch; of very many, some."""
+    made = [s.step for s in measured(snapshots) if s.forecast_steps.size]
+    steps = [made[i] for i in thinned(len(made), _LAUNCHES)] if made else []
     return [[step, x] for step, x in zip(steps, at(steps), strict=True)]
 
 
