@@ -5,6 +5,7 @@ what BatchNorm's coupling of samples does to the kernel. On scikit-learn's digit
 Run it with `python examples/gallery/normalization.py`; it writes runs/gallery/normalization.png.
 """
 
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -22,9 +23,9 @@ def main(quick: bool = False, out: str | Path = "runs/gallery") -> Report:
     x = images[: 4 if quick else 12]
 
     torch.manual_seed(0)
-    first = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
-    second = [nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()]
-    model = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(128, 10)).double()
+    layers = {"conv1": nn.Conv2d(1, 8, 3), "batch norm": nn.BatchNorm2d(8), "relu1": nn.ReLU()}
+    layers |= {"conv2": nn.Conv2d(8, 8, 3), "group norm": nn.GroupNorm(2, 8), "relu2": nn.ReLU()}
+    model = nn.Sequential(OrderedDict(layers, flat=nn.Flatten(), head=nn.Linear(128, 10))).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for batch in torch.arange(256 if quick else 1024).split(64):
         loss = nn.functional.cross_entropy(model(images[batch]), classes[batch])

@@ -195,7 +195,7 @@ def activations_of(model: nn.Module) -> dict[str, Activation]:
 
 def study(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     y: Any = None,
     *,
     activations: Mapping[str, Activation] | None = None,
