@@ -103,14 +103,21 @@ class History:
     @property
     def learning_rates(self) -> tuple[Steps, Floats]:
         """Steps at which a learning rate changed, (change,), and the rates from there on, (change, group)."""
-        rates: dict[int, Floats] = {}
-        for snapshot in self.snapshots:
-            rates |= {int(step): values for step, values in zip(snapshot.lr_steps, snapshot.lr_values, strict=False)}
-        steps = np.array(sorted(rates), dtype=np.int64)
-        values = _stacked([rates[int(step)] for step in steps], 1)
+        sized = ((s, min(len(s.lr_steps), len(s.lr_values))) for s in self.snapshots)
+        rows = [(s.lr_steps[:count], s.lr_values[:count].reshape(count, -1)) for s, count in sized if count]
+        if not rows:
+            return np.empty(0, np.int64), np.empty((0, 0))
+        groups = max(values.shape[1] for _, values in rows)
+        every = np.concatenate(
+            [values if values.shape[1] == groups else _padded(values, (len(values), groups)) for _, values in rows]
+        )
+        # What a later probe says of a step counts.
+        steps, last = np.unique(np.concatenate([steps for steps, _ in rows])[::-1], return_index=True)
+        values = every[::-1][last].astype(np.float64)
         # Each probe may repeat the rates it started with; only a difference to the row before is a change.
-        new = [i for i in range(len(steps)) if i == 0 or not np.array_equal(values[i], values[i - 1], equal_nan=True)]
-        return steps[new], values[new]
+        same = (values[1:] == values[:-1]) | (np.isnan(values[1:]) & np.isnan(values[:-1]))
+        new = np.concatenate([[True], ~same.all(axis=1)])
+        return steps[new].astype(np.int64), values[new]
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -106,6 +106,29 @@ def test_learning_rate_changes_are_stitched_over_probes() -> None:
     assert none[0].size == none[1].size == 0
 
 
+def test_learning_rates_of_any_steps_and_groups_against_a_walk_over_all() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        snapshots = [
+            replace(
+                probe(10 * k),
+                lr_steps=np.sort(generator.choice(40, count, replace=False)),
+                lr_values=generator.choice([0.1, 0.2, np.nan], size=(count, generator.integers(1, 4))),
+            )
+            for k in range(generator.integers(1, 6))
+            for count in [generator.integers(0, 5)]
+        ]
+        told: dict[int, list[float]] = {}
+        for snapshot in snapshots:
+            told |= dict(zip(snapshot.lr_steps.tolist(), snapshot.lr_values.tolist(), strict=True))
+        groups = max(map(len, told.values()), default=0)
+        rows = [(step, told[step] + [np.nan] * (groups - len(told[step]))) for step in sorted(told)]
+        kept = [row for i, row in enumerate(rows) if not i or str(row[1]) != str(rows[i - 1][1])]
+        steps, rates = History(tuple(snapshots)).learning_rates
+        assert steps.tolist() == [step for step, _ in kept]
+        np.testing.assert_array_equal(rates, np.array([rate for _, rate in kept]).reshape(len(kept), groups))
+
+
 def test_a_tail_torn_anywhere_loses_only_the_last_probe(tmp_path: Path) -> None:
     file = _write(tmp_path, _probes([1, 2, 3]))
     content, ends = file.read_bytes(), _boundaries(file)

@@ -1,5 +1,6 @@
 """What stands behind a click: the probe samples that load on a mode, and one sample by itself."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from ntk_monitor.dashboard.pictures import data_url
 from ntk_monitor.dashboard.store import nearest
 from ntk_monitor.errors import InputError
 from ntk_monitor.history import History
-from ntk_monitor.snapshot import Floats, Snapshot
+from ntk_monitor.snapshot import Snapshot
 
 SHOWN = 8
 """Samples on either side of a mode."""
@@ -33,12 +34,17 @@ def mode(history: History, step: int | None, rank: int) -> dict[str, Any]:
     loadings = patterns[rank - 1]
     order = np.argsort(-loadings, kind="stable")
     outputs = snapshot.mode_outputs
+    described = _described(history, snapshot)
+
+    def loaded(i: int) -> dict[str, Any]:
+        return described(i) | {"loading": float(loadings[i])}
+
     return {
         "mode": rank,
         "step": snapshot.step,
         "outputs": outputs[rank - 1].tolist() if rank <= len(outputs) else [],
-        "positive": [_loaded(history, snapshot, int(i), loadings) for i in order[:SHOWN] if loadings[i] > 0],
-        "negative": [_loaded(history, snapshot, int(i), loadings) for i in order[::-1][:SHOWN] if loadings[i] < 0],
+        "positive": [loaded(int(i)) for i in order[:SHOWN] if loadings[i] > 0],
+        "negative": [loaded(int(i)) for i in order[::-1][:SHOWN] if loadings[i] < 0],
     }
 
 
@@ -52,26 +58,24 @@ def sample(history: History, index: int) -> dict[str, Any]:
     count = measured[-1].samples if measured else 0
     if index >= count:
         raise InputError(f"the probe has samples 0 to {count - 1}, got {index}; choose one of them")
-    return _described(history, measured[-1], index)
+    return _described(history, measured[-1])(index)
 
 
-def _loaded(history: History, snapshot: Snapshot, index: int, loadings: Floats) -> dict[str, Any]:
-    return _described(history, snapshot, index) | {"loading": float(loadings[index])}
-
-
-def _described(history: History, snapshot: Snapshot, index: int) -> dict[str, Any]:
-    labels, pictures = snapshot.labels, _of_probe(history, snapshot, "thumbnails")
-    texts = _of_probe(history, snapshot, "sample_texts")
-    return {
-        "sample": index,
-        "label": int(labels[index]) if index < len(labels) else None,
-        "text": str(texts[index]) if index < len(texts) else None,
-        "thumbnail": data_url(pictures[index]) if index < len(pictures) else None,
+def _described(history: History, snapshot: Snapshot) -> Callable[[int], dict[str, Any]]:
+    """Return what tells the words and the picture of a sample of a probe."""
+    same = [one for one in history.measured if one.probe == snapshot.probe]
+    labels, texts = snapshot.labels, _of_batch(same, snapshot.step, "sample_texts")
+    pictures = _of_batch(same, snapshot.step, "thumbnails")
+    return lambda i: {
+        "sample": i,
+        "label": int(labels[i]) if i < len(labels) else None,
+        "text": str(texts[i]) if i < len(texts) else None,
+        "thumbnail": data_url(pictures[i]) if i < len(pictures) else None,
     }
 
 
-def _of_probe(history: History, snapshot: Snapshot, name: str) -> Any:
-    """Return what was stored once for a probe batch: at the last probe up to this one that was of the same batch."""
-    stored = [s for s in history.measured if s.probe == snapshot.probe and len(getattr(s, name))]
-    before = [s for s in stored if s.step <= snapshot.step]
+def _of_batch(same: Sequence[Snapshot], step: int, name: str) -> Any:
+    """Return what was stored once for a probe batch: by its last probe up to a step that has it, else by any."""
+    stored = [one for one in same if len(getattr(one, name))]
+    before = [one for one in stored if one.step <= step]
     return getattr((before[-1:] or stored)[0], name) if stored else ()

@@ -6,7 +6,7 @@ both agree: after resuming, arrays of a probe that was replaced may still be the
 
 import io
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -85,9 +85,9 @@ class Source:
         """Return an array of a probe, floating point widened to float64; empty where it has none."""
         return _wide(self._current(name, key).get(key, NOTHING))
 
-    def stored(self, name: str) -> list[Key]:
-        """Return the probes that hold a blob, in increasing order of steps; only its keys are read."""
-        return sorted(self._current(name, None))
+    def stored(self, name: str) -> Iterable[Key]:
+        """Return the probes that hold a blob; only its keys are read."""
+        return self._current(name, None)
 
     def blob(self, name: str, key: Key) -> Array:
         """Return a blob of a probe, floating point widened to float64; empty where it has none or cannot be read."""

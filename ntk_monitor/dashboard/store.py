@@ -1,5 +1,6 @@
 """Histories of runs out of TensorBoard's data server, read when they are asked for and kept until new probes arrive."""
 
+import bisect
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ class Reading:
     probes: tuple[LazySnapshot, ...]
     notes: tuple[str, ...]
     source: Source
+    _places: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def history(self) -> History:
@@ -39,11 +41,9 @@ class Reading:
         In sight are also the first and the last of each kind, which fixed scales rest on. Keys of blobs are read at the
         first call, blobs when they are looked at.
         """
-        places = {probe.key: i for i, probe in enumerate(self.probes)} if self.source.blobs else {}
         shown: dict[int, set[str]] = {}
         for name in self.source.blobs:
-            stored = [places[key] for key in self.source.stored(name) if key in places]
-            if stored:
+            if stored := self._stored(name):
                 chosen = stored[nearest([self.probes[i].step for i in stored], step)]
                 for i in (stored[0], chosen, stored[-1]):
                     shown.setdefault(i, set()).add(name)
@@ -51,6 +51,13 @@ class Reading:
         for i, names in shown.items():
             probes[i] = probes[i].opened(names)
         return History(tuple(probes), self.notes, self.source.prefix)
+
+    def _stored(self, name: str) -> list[int]:
+        """Return the places of the probes that hold a blob."""
+        if name not in self._places:
+            keys = set(self.source.stored(name))
+            self._places[name] = [i for i, probe in enumerate(self.probes) if probe.key in keys]
+        return self._places[name]
 
 
 @dataclass(slots=True)
@@ -183,5 +190,8 @@ def _stitched(probes: Iterable[LazySnapshot]) -> tuple[list[LazySnapshot], list[
 
 
 def nearest(steps: Sequence[int], step: int | None) -> int:
-    """Return the place of the step nearest to one, the earlier of two as near; None: the last place."""
-    return len(steps) - 1 if step is None else min(range(len(steps)), key=lambda i: abs(steps[i] - step))
+    """Return the place of the ascending step nearest to one, the earlier of two as near; None: the last place."""
+    if step is None or step >= steps[-1]:
+        return len(steps) - 1
+    after = bisect.bisect_left(steps, step)
+    return after - 1 if after and step - steps[after - 1] <= steps[after] - step else after

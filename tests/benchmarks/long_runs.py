@@ -31,6 +31,7 @@ def probe(k: int, count: int, modes: int = SAMPLES * OUTPUTS, seed: int = 0) -> 
     features = generator.normal(size=(SAMPLES, 12))
     ticks = np.unique(np.geomspace(1, max(count * EVERY - step, 2), TICKS).round().astype(np.int64))
     leading = min(16, modes)
+    since = np.arange(max(step - EVERY + 1, 0), step + 1)
     return replace(
         base,
         step=step,
@@ -54,8 +55,8 @@ def probe(k: int, count: int, modes: int = SAMPLES * OUTPUTS, seed: int = 0) -> 
         sample_residual=generator.random(SAMPLES),
         predictions=generator.normal(size=(SAMPLES, OUTPUTS)),
         labels=labels,
-        lr_steps=np.array([step]),
-        lr_values=np.array([[base.facts["lr"]]]),
+        lr_steps=since,
+        lr_values=0.05 * (1 + np.cos(np.pi * since / (count * EVERY)))[:, None],
         gram=(50 * progress * same + 10 * features @ features.T) if k % GRAM_EVERY == 0 else np.empty(0),
         mode_samples=generator.normal(size=(leading, SAMPLES)) / SAMPLES**0.5,
         mode_outputs=generator.normal(size=(leading, OUTPUTS)) / OUTPUTS**0.5,
