@@ -146,7 +146,8 @@ class _Page:
             axis.set_major_formatter(ticker.FixedFormatter([_plain(text) for text in spec["ticktext"]]))
         elif not logarithmic and spec.get("type") != "category":
             count = spec.get("nticks", 5 if self.narrow else 8)
-            whole = letter == "x" or ("range" in spec and abs(spec["range"][1] - spec["range"][0]) > 2)
+            stepped = letter == "x" and spec.get("tickformat") != "~g"
+            whole = stepped or ("range" in spec and abs(spec["range"][1] - spec["range"][0]) > 2)
             # With at least one tick asked for instead of two, whole numbers stay whole even on a short axis.
             least = 1 if whole else 2
             steps = [1, 2, 2.5, 5, 10]
@@ -156,7 +157,7 @@ class _Page:
                 # matplotlib would write a factor such as 1e6 into the corner, where a heading may stand.
                 axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _short(value)))
             low, high = axes.get_xlim()
-            if letter == "x" and high - low < 0.5:
+            if stepped and high - low < 0.5:
                 # A single point: fractions of a step on the axis would be nonsense.
                 axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
 

@@ -266,7 +266,7 @@ def agreement(losses: Sequence[Losses], unit: str) -> Figure:
         "Held-out error against the promise",
         "On the dashed line cross-validation tells the truth. Above it, new samples are predicted worse than promised. "
         "Lines join moments in their order.",
-        xaxis={"title": {"text": f"promised by leave-one-out, {unit}"}, "range": ends},
+        xaxis={"title": {"text": f"promised by leave-one-out, {unit}"}, "range": ends, "tickformat": "~g"},
         yaxis={"title": {"text": f"held-out, {unit}"}, "range": ends},
         showlegend=True,
         legend=_LEGEND,
