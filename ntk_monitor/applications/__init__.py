@@ -28,6 +28,7 @@ APPLICATIONS: tuple[str, ...] = (
     "lazy_or_rich",
     "class_interference",
     "generalization",
+    "pinn_balance",
 )
 """Names of the modules that exist, in the order of the chapter they come from."""
 
