@@ -27,6 +27,7 @@ from ntk_monitor.callbacks.huggingface_run import (
     trainer_of,
 )
 from ntk_monitor.callbacks.huggingface_sink import HuggingFaceSink
+from ntk_monitor.callbacks.huggingface_texts import texts_of, tokenizer_of
 from ntk_monitor.errors import InputError, said
 from ntk_monitor.losses import recognised
 from ntk_monitor.monitor import Monitor
@@ -163,6 +164,7 @@ class NTKMonitorCallback(TrainerCallback):
         monitor.population = population_of(loader)
         monitor.batch_size = self.recipe.batch_size or effective_batch(args)
         monitor.reference = self._reference(loader, monitor)
+        monitor.portrait.texts = texts_of(probe.inputs, tokenizer_of(known))
         self._resume(monitor, args, state)
         session.begin(monitor, model, None)
 
