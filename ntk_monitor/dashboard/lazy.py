@@ -45,18 +45,21 @@ class LazySnapshot(Snapshot):
         record = {name: getattr(self, name) for name, _, _ in _FIELDS}
         return LazySnapshot(self._source, self._opened.union(names), **record, **self._given)
 
-    def array(self, name: str) -> Array:
-        """Return an array: one that was given, or what the source has."""
-        if name in self._given or self._source is None:
-            return self._given.get(name, NOTHING)
-        if ARRAYS[name].blob:
-            return self._source.blob(name, self.key) if name in self._opened else NOTHING
-        return self._source.array(name, self.key)
 
+def _array(name: str) -> property:
+    blob = ARRAYS[name].blob
 
-def _lazy(name: str) -> property:
-    return property(lambda snapshot: snapshot.array(name), doc=ARRAYS[name].meaning)
+    def get(snapshot: LazySnapshot) -> Array:
+        if name in snapshot._given or snapshot._source is None:
+            return snapshot._given.get(name, NOTHING)
+        # Figures ask this a hundred thousand times, hence a tuple here and not the property that makes it.
+        key = (snapshot.step, snapshot.wall_time)
+        if not blob:
+            return snapshot._source.array(name, key)
+        return snapshot._source.blob(name, key) if name in snapshot._opened else NOTHING
+
+    return property(get, doc=ARRAYS[name].meaning)
 
 
 for _name in ARRAYS:
-    setattr(LazySnapshot, _name, _lazy(_name))
+    setattr(LazySnapshot, _name, _array(_name))

@@ -83,7 +83,10 @@ class Source:
 
     def array(self, name: str, key: Key) -> Array:
         """Return an array of a probe, floating point widened to float64; empty where it has none."""
-        return _wide(self._current(name, key).get(key, NOTHING))
+        series = self._series.get(name)
+        found = None if series is None else series.values.get(key)
+        # What is there does not change; only what is missing may have come meanwhile.
+        return _wide(self._current(name, key).get(key, NOTHING) if found is None else found)
 
     def stored(self, name: str) -> Iterable[Key]:
         """Return the probes that hold a blob; only its keys are read."""

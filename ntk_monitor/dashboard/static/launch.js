@@ -23,7 +23,7 @@ export class Handle {
     this.plot = plot;
     const axis = plot._fullLayout?.xaxis;
     const { steps, xs, launch } = this.places();
-    const at = steps.indexOf(launch);
+    const at = nearest(steps, launch);
     const x = axis && at >= 0 && xs[at] !== null ? axis.d2p(xs[at]) : NaN;
     this.node.hidden = !(x >= -1 && x <= axis?._length + 1) || steps.length < 2;
     if (this.node.hidden) return;
@@ -58,7 +58,7 @@ export class Handle {
   key(event) {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     const { steps, launch } = this.places();
-    const next = steps[steps.indexOf(launch) + by];
+    const next = steps[nearest(steps, launch) + by];
     if (by && next !== undefined) {
       event.preventDefault();
       this.moved(next);

@@ -31,7 +31,7 @@ export class Panel extends Live {
     this.caption = h("figcaption", { textContent: entry.tells });
     const box = h("div", { className: "box" }, this.plot);
     this.node.append(h("header", {}, this.heading, h("span", { className: "about", tabIndex: 0, "aria-label": "which kernel" }, "i", this.about), this.tools()), box, this.caption);
-    if (entry.depends.includes("launch")) this.handle = new Handle(box, () => page.launches(), (launch) => page.state.set({ launch }));
+    if (entry.depends.includes("launch")) this.handle = new Handle(box, () => this.launches(), (launch) => page.state.set({ launch }));
     this.node.panel = this.plot.panel = this;
     inView.observe(this.node);
     resized.observe(this.plot);
@@ -89,20 +89,23 @@ export class Panel extends Live {
       this.plot.on("plotly_afterplot", () => this.handle?.place(this.plot));
     }
     this.handle?.place(this.plot);
-    const clickable = this.figure.data.some((trace) => trace.meta?.mode !== undefined || trace.meta?.sample !== undefined);
-    this.plot.classList.toggle("clickable", clickable);
+    this.plot.classList.toggle("clickable", Boolean(this.figure.layout.meta?.click));
   }
 
-  /** A trace says in its meta which coordinate of a clicked point is the mode or the sample. */
+  /** A figure says in its meta what a click on one of its points opens, and how the point names it. */
   clicked(point) {
-    const meta = point?.data.meta;
-    for (const field of ["mode", "sample"]) {
-      const said = meta?.[field];
-      if (said === undefined) continue;
-      const value = typeof said === "string" ? point[said] : said;
-      const found = Number(meta.order && said !== "customdata" ? meta.order[Math.round(value)] : [value].flat()[0]);
-      if (Number.isInteger(found)) this.page.open({ [field]: found });
-    }
+    const { click, order } = this.figure?.layout.meta ?? {};
+    if (!point || !click) return;
+    const named = [point.customdata].flat()[0];
+    const found = click === "mode" ? named ?? point.x : named ?? order?.[point.x];
+    if (Number.isInteger(found)) this.page.open({ [click]: found });
+  }
+
+  /** The launches along this figure's abscissa. */
+  launches() {
+    const { steps, xs, launch } = this.page.launches();
+    const drawn = this.figure?.layout.meta?.launches;
+    return { launch, steps: drawn?.map(([step]) => step) ?? steps, xs: drawn?.map(([, x]) => x) ?? xs };
   }
 
   fail(error) {
