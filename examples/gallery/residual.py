@@ -38,7 +38,7 @@ def main(quick: bool = False, out: str | Path = "runs/gallery") -> Report:
 
     parts = residual.decompose_residual(model, x)
     print(f"cross term {parts.cross_ratio:.0%} of the kernel; skips alone reach {parts.skip_rank} directions")
-    print(f"eigenvalues below the floor that skip and branch would give: {parts.fallen:.0%}\n")
+    print(f"eigenvalues below the floor that skip and branch would give: {parts.fallen} of {len(parts.full)}\n")
 
     report = residual.study(model, x, levels=3 if quick else 5)
     print(report.text())

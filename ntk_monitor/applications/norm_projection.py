@@ -98,7 +98,7 @@ def derivative(z: Array, groups: Groups, *, alone: bool = False) -> Array:
     return found
 
 
-def norm_projection(
+def norm_projection_report(
     model: nn.Module, x: Batch, name: str, *, batch: bool = False, forward: Forward | None = None
 ) -> Projection:
     """Return the kernels before and behind one normalisation layer, over a few of its groups and samples.

@@ -122,11 +122,11 @@ def _outputs(model: nn.Module, x: Batch, mode: Mode, forward: Forward | None) ->
         return Network(model, mode=mode, forward=forward).outputs(x)
 
 
-def effective_lr(length: float, lr: float = 1.0, optimizer: Optimizer = "sgd") -> float:
+def effective_lr(layer: nn.Module | Tensor | float, lr: float = 1.0, optimizer: Optimizer = "sgd") -> float:
     """Return the learning rate that acts on the direction of scale-free weights.
 
     Args:
-        length: |w|.
+        layer: that holds the weights, bias included; the weights alone; or their length |w|.
         lr: of the optimizer.
         optimizer: "sgd": lr/|w|², as the gradient itself falls as 1/|w|. "adam", "adamw": lr/|w|, since their updates
             do not depend on the size of gradients.
@@ -134,6 +134,8 @@ def effective_lr(length: float, lr: float = 1.0, optimizer: Optimizer = "sgd") -
     Raises:
         InputError: a length that is not positive, or an unknown optimizer.
     """
+    held = list(layer.parameters()) if isinstance(layer, nn.Module) else [torch.as_tensor(layer)]
+    length = math.sqrt(sum(float(w.detach().double().square().sum()) for w in held))
     if not length > 0 or not math.isfinite(length):
         raise InputError(f"weights must have a positive length, got {length}")
     if optimizer not in ("sgd", "adam", "adamw"):

@@ -1,10 +1,10 @@
 """What normalisation layers do to the kernel: they project, free weights of their scale, and may couple samples.
 
-Of each layer: the spectrum of the kernel of its input, before and behind it (`norm_projection`); whether the weights
-that feed it are scale-free and their biases dead, and the learning rate that then acts on them (`norm_scale`). Of a
-network with BatchNorm: the kernel of evaluation against that of training (`batch_coupling`). Scale-free weights belong
-to all layers but BatchNorm in evaluation, dead biases to InstanceNorm and BatchNorm in training alone: LayerNorm and
-GroupNorm remove no more of a bias than its mean over a group.
+Of each layer: the spectrum of the kernel of its input, before and behind it (`norm_projection_report`); whether the
+weights that feed it are scale-free and their biases dead, and the learning rate that then acts on them (`scale_test`,
+`effective_lr`). Of a network with BatchNorm: the kernel of evaluation against that of training (`batch_coupling`).
+Scale-free weights belong to all layers but BatchNorm in evaluation, dead biases to InstanceNorm and BatchNorm in
+training alone: LayerNorm and GroupNorm remove no more of a bias than its mean over a group.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ntk_monitor.applications.batch_coupling import Coupling, batch_coupling, has_batch_norm
 from ntk_monitor.applications.norm_layers import Norm, norms_of
-from ntk_monitor.applications.norm_projection import Projection, norm_projection
+from ntk_monitor.applications.norm_projection import Projection, norm_projection_report
 from ntk_monitor.applications.norm_scale import Optimizer, ScaleTest, effective_lr, equilibrium_step, scale_test
 from ntk_monitor.applications.normalization_words import Rates, told
 from ntk_monitor.applications.report import Report
@@ -34,7 +34,7 @@ __all__ = [
     "effective_lr",
     "equilibrium_step",
     "example",
-    "norm_projection",
+    "norm_projection_report",
     "norms_of",
     "scale_test",
     "study",
@@ -90,7 +90,9 @@ def study(  # noqa: PLR0913 - the public door
     for norm in _spread(list(norms), _MOST_PROJECTIONS):
         for batch in (False, True) if norm.batch else (False,):
             try:
-                projections[norm, batch] = norm_projection(model, samples, norm.name, batch=batch, forward=forward)
+                projections[norm, batch] = norm_projection_report(
+                    model, samples, norm.name, batch=batch, forward=forward
+                )
             except InputError as error:
                 notes.append(said(error))
     coupling = None

@@ -141,6 +141,14 @@ def test_the_law_changes_the_diagonal_alone_and_not_at_q_1(n: int, keep: float) 
     np.testing.assert_allclose(law - np.diag(np.diag(law)), kernel - np.diag(np.diag(kernel)))
 
 
+def test_dropout_does_not_slow_learning_by_q_squared() -> None:
+    """One hidden layer, where the laws are exact: the claim is refused whatever the noise of a hundred draws is."""
+    report = study(network(0.5), samples(), draws=100)
+    claims = {verdict.claim: verdict.holds for verdict in report.verdicts}
+    assert claims["dropout multiplies the kernel by q² = 0.25, like a smaller learning rate"] is False
+    assert report.number("eval_vs_train, off-diagonal") == pytest.approx(1, abs=0.2)
+
+
 @pytest.mark.slow
 def test_one_layer_keeps_the_mean_drift_and_is_no_smaller_learning_rate() -> None:
     report = study(network(0.5, width=64), samples(12), draws=800)

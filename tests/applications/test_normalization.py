@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ntk_monitor.applications.norm_layers import groups_of, norms_of
-from ntk_monitor.applications.norm_projection import derivative, norm_projection
+from ntk_monitor.applications.norm_projection import derivative, norm_projection_report
 from ntk_monitor.applications.norm_scale import effective_lr, equilibrium_step, scale_test
 from ntk_monitor.applications.normalization import example, study
 from ntk_monitor.cli import main
@@ -98,7 +98,7 @@ def test_the_derivative_is_that_of_autograd(kind: str, training: bool) -> None:
 )
 def test_behind_a_layer_the_kernel_is_the_projected_one(kind: str, batch: bool, removed: int) -> None:
     """Two directions of each group, four samples (or one batch); K behind from autograd, A K Aᵀ from the formula."""
-    found = norm_projection(network(kind, eps=1e-5), images(), norm_name(kind), batch=batch)
+    found = norm_projection_report(network(kind, eps=1e-5), images(), norm_name(kind), batch=batch)
     assert found.error < 1e-10
     assert found.removed == removed
     assert (found.kept < 1 - 1e-6) is (removed > 0)
@@ -182,9 +182,15 @@ def test_the_effective_rate_is_what_real_optimizers_feel(optimizer: str, power: 
             stepper.step()
         runs.append(model(x).detach())
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-8, atol=1e-8)
-    lengths = [2.0, 6.0]
-    rates = [effective_lr(length, 0.1, optimizer) for length in lengths]  # type: ignore[arg-type]
+    rates = [effective_lr(length, 0.1, optimizer) for length in (2.0, 6.0)]  # type: ignore[arg-type]
     assert rates[0] / rates[1] == pytest.approx(3**power)
+    weights = torch.cat([p.detach().flatten() for p in other[0].parameters()])
+    by_layer, by_weights, by_length = (
+        effective_lr(given, 0.1, optimizer)  # type: ignore[arg-type]
+        for given in (other[0], weights, float(weights.norm()))
+    )
+    assert by_layer == pytest.approx(0.1 / float(weights.norm()) ** power)
+    assert by_layer == pytest.approx(by_weights) == pytest.approx(by_length)
 
 
 def test_decay_and_growth_meet_in_the_step_of_equilibrium() -> None:
@@ -269,7 +275,9 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: effective_lr(0.0), InputError, "positive length"),
     (lambda: equilibrium_step(-1.0, 0.1), InputError, "negative"),
     (
-        lambda: norm_projection(nn.Sequential(nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(18, 1)), images(), "0"),
+        lambda: norm_projection_report(
+            nn.Sequential(nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(18, 1)), images(), "0"
+        ),
         InputError,
         "before 0",
     ),

@@ -181,6 +181,13 @@ def test_networks_without_skips_or_branches_are_those_written_without_them(how: 
     assert found.floor_holds
 
 
+def test_all_pairs_of_outputs_hold_the_kernel_summed_over_them() -> None:
+    model, x = Stack("plain"), samples(3)
+    whole, summed = decompose_residual(model, x, outputs="full"), decompose_residual(model, x)
+    for part, expected in ((whole.full, summed.full), (whole.skip, summed.skip), (whole.branch, summed.branch)):
+        np.testing.assert_allclose(np.einsum("ncmc->nm", part.reshape(3, 2, 3, 2)), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_gates_weigh_both_ways() -> None:
     model, x = Stack("plain"), samples(4)
     connections = residual_connections(model, x, modules=["blocks.1"])
