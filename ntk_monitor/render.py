@@ -145,17 +145,17 @@ class _Page:
             axis.set_major_locator(ticker.FixedLocator(_floats(spec["tickvals"]).tolist()))
             axis.set_major_formatter(ticker.FixedFormatter([_plain(text) for text in spec["ticktext"]]))
         elif not logarithmic and spec.get("type") != "category":
-            count = spec.get("nticks", 5 if self.narrow else 8)
-            stepped = letter == "x" and spec.get("tickformat") != "~g"
+            stepped = letter == "x" and not spec.keys() & {"dtick", "tickformat"}
             whole = stepped or ("range" in spec and abs(spec["range"][1] - spec["range"][0]) > 2)
             # With at least one tick asked for instead of two, whole numbers stay whole even on a short axis.
-            least = 1 if whole else 2
-            steps = [1, 2, 2.5, 5, 10]
-            axis.set_major_locator(ticker.MaxNLocator(count, integer=whole, min_n_ticks=least, steps=steps))
+            count, least, steps = 5 if self.narrow else 8, 1 if whole else 2, [1, 2, 2.5, 5, 10]
+            spread = ticker.MaxNLocator(spec.get("nticks", count), integer=whole, min_n_ticks=least, steps=steps)
+            axis.set_major_locator(ticker.MultipleLocator(spec["dtick"]) if spec.get("dtick") else spread)
+            shown = "{:.0%}".format if spec.get("tickformat", "").endswith("%") else _short
             largest = max(map(abs, axes.get_xlim() if letter == "x" else axes.get_ylim()))
-            if not 1e-3 <= largest < 1e4:
+            if shown is not _short or not 1e-3 <= largest < 1e4:
                 # matplotlib would write a factor such as 1e6 into the corner, where a heading may stand.
-                axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _short(value)))
+                axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: shown(value)))
             low, high = axes.get_xlim()
             if stepped and high - low < 0.5:
                 # A single point: fractions of a step on the axis would be nonsense.

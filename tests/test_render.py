@@ -111,3 +111,32 @@ def test_rendering_changes_no_global_setting_and_repeats_itself() -> None:
     spec = FIGURES["gram"](HISTORIES["classification"]())
     assert png(spec) == png(spec)
     assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("axis", "labels"),
+    [
+        ({}, ["0", "1"]),
+        ({"tickformat": "~g"}, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        ({"tickformat": ".0%"}, ["0%", "20%", "40%", "60%", "80%", "100%"]),
+        ({"dtick": 0.5}, ["0.0", "0.5", "1.0"]),
+    ],
+    ids=["steps", "numbers", "percent", "every half"],
+)
+def test_an_axis_has_the_ticks_it_asks_for(
+    axis: dict[str, Any], labels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    seen: list[Axes] = []
+    original = Axes.get_tightbbox
+
+    def noted(self: Axes, *words: Any, **options: Any) -> Any:
+        seen.append(self)
+        return original(self, *words, **options)
+
+    monkeypatch.setattr(Axes, "get_tightbbox", noted)
+    png({"data": [{"type": "scatter", "x": [0, 1], "y": [0, 1]}], "layout": {"xaxis": axis}})
+    places, texts = seen[-1].get_xticks(), seen[-1].get_xticklabels()
+    inside = [text.get_text() for at, text in zip(places, texts, strict=True) if -1e-9 <= at <= 1 + 1e-9]
+    assert inside == labels
