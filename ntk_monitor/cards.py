@@ -108,9 +108,10 @@ def _reach(measured: Sequence[Snapshot]) -> Iterator[Card]:
     fast, within, late, noise = (energy[name] for name in REACH)
     words = (
         f"Of what was not learned at step {at.step}, the share whose energy falls to a tenth before the run ends, by "
-        f"simulation; {fast:.0%} of the whole within the first tenth of those steps, {late + noise:.0%} not in time."
+        f"simulation; {_percent(fast)} of the whole within the first tenth of those steps, {_percent(late + noise)} not "
+        "in time."
     )
-    yield Card("in reach", f"{fast + within:.0%} in {left:.0f} steps", "none", words, "residual")
+    yield Card("in reach", f"{_percent(fast + within)} in {left:.0f} steps", "none", words, "residual")
 
 
 def _loss(measured: Sequence[Snapshot]) -> Iterator[Card]:
@@ -119,7 +120,7 @@ def _loss(measured: Sequence[Snapshot]) -> Iterator[Card]:
         return
     last, first = known[-1], known[0]
     accuracy = last.facts.get("accuracy", math.nan)
-    value = short(last.loss_value) + (f", accuracy {accuracy:.0%}" if math.isfinite(accuracy) else "")
+    value = short(last.loss_value) + (f", accuracy {_percent(accuracy)}" if math.isfinite(accuracy) else "")
     words = f"{last.loss or 'The loss'} on the {last.samples} probe samples, in evaluation mode."
     if last is not first:
         words += f" It was {short(first.loss_value)} at step {first.step}."
@@ -148,7 +149,7 @@ def _forecast(measured: Sequence[Snapshot]) -> Iterator[Card]:
     )
     if middle >= USELESS:
         words += " Do not believe forecasts of this run now."
-    yield Card("forecast error", f"{middle:.0%}, no change: 100 %", light, words, "loss")
+    yield Card("forecast error", f"{_percent(middle)} (no change: 100 %)", light, words, "loss")
 
 
 def _velocity(measured: Sequence[Snapshot]) -> Iterator[Card]:
@@ -225,6 +226,10 @@ def _overhead(looked: Sequence[Snapshot]) -> Iterator[Card]:
     if math.isfinite(startup):
         words += f" Start-up took {short(startup)} s."
     yield Card("monitor overhead", f"{100 * value:.2g} % of wall time", light, words, "numbers")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _sentence(text: str) -> str:

@@ -155,7 +155,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _entry(
         "mode-decay",
         _decay,
-        "How fast single modes decay, beside what the simulation said; click a mode in the table to see it alone.",
+        "How fast single modes decay between probes, beside what the simulation said.",
         "mode unit log",
     ),
     _entry(
@@ -213,7 +213,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _entry(
         "kernel-map",
         lambda runs, view: figures.kernel_map(_first(runs), view.step),
-        "Clouds of one colour that come apart: the kernel tells the classes apart. Click a sample for its row.",
+        "Clouds of one colour that come apart: the kernel tells the classes apart.",
         "step",
         heavy=True,
     ),

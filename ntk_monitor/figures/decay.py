@@ -38,18 +38,23 @@ def mode_decay(snapshots: Sequence[Snapshot], modes: Sequence[int], unit: Unit =
     data: list[Figure] = []
     for k, rank in enumerate(modes):
         data += _mode(held, rank, MODE_COLOURS[k % len(MODE_COLOURS)], at, log=log)
+    heights = [y for trace in data if "yaxis" not in trace for y in trace["y"]]
     layout = layout_of(
         "Single modes: energy and decay",
         "Above: energy of the residual in a mode; dots in each probe's own basis, lines followed in the basis of the "
         "earlier probe. Below: decay of the residual per step between two probes; crosses: as simulated.",
         xaxis={"anchor": "y", "matches": "x2", "showticklabels": False},
         yaxis=value_axis(
-            f"energy ({ARRAYS['coordinates'].unit.removeprefix('sqrt(').removesuffix(')')})", log=log, domain=[0.44, 1]
+            f"energy ({ARRAYS['coordinates'].unit.removeprefix('sqrt(').removesuffix(')')})",
+            heights,
+            log=log,
+            domain=[0.44, 1],
         ),
         xaxis2={"anchor": "y2", "title": {"text": at.title}},
         yaxis2={"title": {"text": "decay per step"}, "domain": [0, 0.36]},
         showlegend=True,
     )
+    layout["meta"]["click"] = "mode"
     return {"data": data, "layout": layout}
 
 
@@ -61,6 +66,7 @@ def _mode(held: Sequence[Snapshot], rank: int, colour: str, at: Abscissa, *, log
     energy = numbers([snapshot.coordinates[i] ** 2 for snapshot in shown], positive=log)
     dots = {"mode": "markers", "marker": {"color": colour, "size": 6}} | group
     found = [line(at([snapshot.step for snapshot in shown]), energy, f"mode {rank}", colour, **dots)]
+    found[0]["customdata"] = [rank] * len(shown)
     pairs = [(a, b) for a, b in pairwise(own) if b.previous_step == a.step < b.step and b.carried.size > i]
     x: list[float | None] = []
     followed: list[float | None] = []

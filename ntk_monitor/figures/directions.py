@@ -54,23 +54,24 @@ def named_residuals(
         look = {"color": colour, "dash": dash, "width": 0.5 if told else 1.5}
         data.append(series(label, colour, points, at.word, line=look))
         if told and start is not None and name in start.directions:
-            ahead = np.abs(start.forecast_directions[:, start.directions.index(name)])
+            forecast = np.abs(start.forecast_directions[:, start.directions.index(name)])
             bold = {"line": {"color": colour, "dash": dash, "width": 2}, "legendgroup": name, "showlegend": False}
             hover = f"forecast from step {start.step}: %{{y:.3g}}<extra>{word(name)}</extra>"
-            x, y = at(start.forecast_steps.tolist()), numbers(ahead, positive=log)
+            x, y = at(start.forecast_steps.tolist()), numbers(forecast, positive=log)
             data.append(line(x, y, f"{label}, forecast", colour, hovertemplate=hover, **bold))
     more = f" The first {_SHOWN} of {len(names)} are drawn." if len(names) > _SHOWN else ""
-    forecast = f" Thick lines: forecast from step {start.step}. {SHADED}" if told and start is not None else ""
+    thick = f" Thick lines: forecast from step {start.step}. {SHADED}" if told and start is not None else ""
+    ahead = np.abs(start.forecast_directions).ravel() if told and start is not None else np.empty(0)
     sizes = np.array([_size(s, name) for s in shown for name in names[:_SHOWN] if name in s.directions])
     layout = layout_of(
         title,
         "Residual of the probe along each direction, in the loss's own geometry (Pearson residual for cross-entropy). "
         "After the comma: steps, by simulation, until its energy is a tenth; beyond: not before the run ends."
-        f"{forecast}{more}",
+        f"{thick}{more}",
         xaxis={"title": {"text": at.title}},
-        yaxis=value_axis(f"|residual| ({ARRAYS['direction_residual'].unit})", log=log, **limits(sizes, log=log)),
+        yaxis=value_axis(f"|residual| ({ARRAYS['direction_residual'].unit})", log=log, **limits(sizes, ahead, log=log)),
         showlegend=True,
-        legend={"font": {"size": 10}},
+        legend={"font": {"size": 10}, "tracegroupgap": 0},
         shapes=marks(at, start, _doubted(held, start)) if told and start is not None else [],
     )
     layout["meta"]["launches"] = launches(at, held)

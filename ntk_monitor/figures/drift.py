@@ -62,13 +62,14 @@ def kernel_drift(runs: Runs, unit: Unit = "step", *, log: bool = True) -> Figure
     data, title = _traces(runs, parts, unit, log=log)
     if not data:
         return empty("Drift of the kernel", "No second probe has been measured yet.")
+    heights = [y for trace in data for y in trace["y"]]
     several = " Solid: since the previous probe; dotted: since the first." if len(runs) > 1 else ""
     layout = layout_of(
         "Drift of the kernel",
         "1 - cosine between kernels since the previous probe, 1 - CKA (centred cosine) since the first. 0 is a frozen "
         f"(lazy) kernel; growth alone does not count, see the trace.{several}",
         xaxis={"title": {"text": title}},
-        yaxis=value_axis("turned by (1 - cosine)", log=log),
+        yaxis=value_axis("turned by (1 - cosine)", heights, log=log),
         showlegend=True,
         legend=_BELOW,
     )

@@ -65,6 +65,7 @@ def loss_forecast(
     data.append(series("measured", BLUE, points | dots, at.word))
     reasons = [s.texts.get("ahead", s.texts.get("forecast", "")) for s in probes]
     values = np.array([s.loss_value for s in probes])
+    told = np.empty(0) if strong is None else strong.forecast_loss
     missing = "" if made else f" No forecast: {reasons[-1] or 'none was asked for'}."
     layout = layout_of(
         title,
@@ -72,7 +73,7 @@ def loss_forecast(
         "optimizer and the learning rates to come; the kernel is frozen there, so take it as a direction. "
         f"{SHADED if made else ''}{missing}",
         xaxis={"title": {"text": at.title}},
-        yaxis=value_axis("loss on the probe (loss units)", log=log, **limits(values, log=log)),
+        yaxis=value_axis("loss on the probe (loss units)", log=log, **limits(values, told, log=log)),
         showlegend=True,
         legend=_BELOW,
         shapes=shapes,
@@ -112,6 +113,7 @@ def forecast_error(snapshots: Sequence[Snapshot], unit: Unit = "step", *, log: b
     if not data:
         return empty(title, "No forecast has been compared with what happened yet.")
     ends = [x for trace in data for x in trace["x"]]
+    heights = [1.0, *(y for trace in data for y in trace["y"])]
     dashed = {"color": GREY, "dash": "dash"}
     data.append(line([min(ends), max(ends)], [1.0, 1.0], "forecasting no change", GREY, line=dashed))
     layout = layout_of(
@@ -119,7 +121,7 @@ def forecast_error(snapshots: Sequence[Snapshot], unit: Unit = "step", *, log: b
         "Distance between forecast and measured outputs of the probe over how far they moved. 0.2 is good, 1 is no "
         "better than forecasting no change.",
         xaxis={"title": {"text": at.title}},
-        yaxis=value_axis("error relative to the motion (fraction)", log=log),
+        yaxis=value_axis("error relative to the motion (fraction)", heights, log=log),
         showlegend=True,
         legend=_BELOW,
     )

@@ -9,6 +9,7 @@ of the singular vectors of Xᵀ Y (Schönemann 1966).
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ntk_monitor.figures.gram import centred_cosines
 from ntk_monitor.figures.style import (
@@ -88,7 +89,7 @@ def _groups(points: Floats, order: Integers, shown: Snapshot, texts: Sequence[st
     classes = np.unique(labels)
     said = np.array([f"sample {i}{_text(texts, i)}" for i in order.tolist()], dtype=object)
 
-    def cloud(chosen: Floats, name: str, marker: Figure) -> Figure:
+    def cloud(chosen: NDArray[np.bool_], name: str, marker: Figure) -> Figure:
         return {
             "type": "scatter",
             "mode": "markers",

@@ -52,7 +52,7 @@ def doubtful(
         return []
     steps = np.array([s.step for s in after], dtype=np.float64)
     said = np.interp(steps, np.asarray(launch.forecast_steps, dtype=np.float64), forecast, right=np.nan)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
         miss, change = np.abs(np.log(said / found)), np.abs(np.log(start / found))
     bad = (miss >= change) & (change > _STILL)
     bad |= np.array([s.metrics.get("lr_headroom_high", np.inf) < 1 for s in after])
@@ -80,12 +80,17 @@ def launches(at: Abscissa, snapshots: Sequence[Snapshot]) -> list[list[float]]:
     return [[step, x] for step, x in zip(steps, at(steps), strict=True)]
 
 
-def limits(found: Floats, *, log: bool) -> Figure:
+def limits(found: Floats, simulated: Floats, *, log: bool) -> Figure:
     """Return the range of a vertical axis by what was measured: simulations fall, or grow, without end.
 
-    Logarithmic: from a thirtieth of the least measured value to three times the largest; linear: from zero.
+    Logarithmic: what was simulated is in sight as far as a thirtieth of the least measured value, and ten times the
+    largest. Linear: from zero to twice the largest measured value at most.
     """
-    kept = found[np.isfinite(found) & (found > 0)]
-    if not log or not kept.size:
-        return {"rangemode": "tozero"} if not log else {}
-    return {"range": [float(np.log10(kept.min())) - 1.5, float(np.log10(kept.max())) + 0.5]}
+    kept, told = (v[np.isfinite(v) & (v > 0)] for v in (found, simulated))
+    if not kept.size:
+        return {}
+    low, high = float(kept.min()), float(kept.max())
+    if not log:
+        return {"range": [0, 1.05 * min(max(float(told.max(initial=0)), high), 2 * high)]}
+    low, high = max(min(float(told.min(initial=low)), low), low / 30), min(float(told.max(initial=high)), 10 * high)
+    return {"range": [float(np.log10(low)) - 0.1, float(np.log10(max(high, kept.max()))) + 0.1]}

@@ -1,6 +1,6 @@
 """What is left to learn: the residual by speed of learning, and by when the run will have learned it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from ntk_monitor.figures.style import (
     empty,
     layout_of,
     line,
+    looked,
     measured,
     note,
     numbers,
@@ -21,7 +22,7 @@ from ntk_monitor.figures.style import (
     thinned,
     value_axis,
 )
-from ntk_monitor.snapshot import Snapshot
+from ntk_monitor.snapshot import Floats, Snapshot
 
 _REACH_COLOURS = ("#2e9e55", "#7fc48c", "#e07b00", "#a0a0a0")
 _AREAS, _DOTS, _BARS = 180, 120, 40
@@ -36,7 +37,8 @@ def residual_bands(snapshots: Sequence[Snapshot], unit: Unit = "step") -> Figure
     probes = measured(snapshots)
     held = [snapshot for snapshot in probes if snapshot.coordinates.size]
     held = [held[i] for i in thinned(len(held), _AREAS)] if held else []
-    drawn = [(snapshot, energy) for snapshot in held if (energy := band_energy(snapshot))]
+    with np.errstate(all="ignore"):  # of a run that broke, numbers overflow; its probes have no energy
+        drawn = [(snapshot, energy) for snapshot in held if (energy := band_energy(snapshot))]
     reasons = [snapshot.modes_reason for snapshot in probes if snapshot.modes_reason]
     if not drawn:
         return empty(title, f"Modes are off: {reasons[-1]}" if reasons else "No probe with modes yet.")
@@ -74,8 +76,9 @@ def residual_reach(
 ) -> Figure:
     """Return the residual's energy by when it will be learned: forecast from the probe nearest to `launch`, and found.
 
-    The four bands are those of the launching probe. Lines: their energy, simulated. Dots: the energy that each later
-    probe has in the modes of the same ranks. Runs without simulated bands show their shares at every simulating probe.
+    The four bands are those of the launching probe. Lines: their energy, simulated. Dots: what later probes, up to the
+    next launch, found in the very modes and curvature of this one. Pale dots, at other probes: the energy in the modes
+    of the same ranks. Runs without simulated bands show their shares at every simulating probe.
     """
     title = "Residual in reach of the steps left"
     held = [s for s in measured(snapshots) if s.coordinates.size]
@@ -84,39 +87,69 @@ def residual_reach(
     if start is None or not masks:
         return _reach_shares(snapshots, title)
     at = abscissa(snapshots, unit)
-    like = [s for s in held if s.coordinates.size == start.coordinates.size and s.probe == start.probe]
-    shown = [like[i] for i in thinned(len(like), _DOTS)]
-    energy = np.stack([s.coordinates for s in shown]) ** 2
-    ticks = start.forecast_steps
+    found, others = _followed(snapshots, start), _same_ranks(held, start, masks)
     data: list[Figure] = []
     for k, (name, colour) in enumerate(zip(REACH, _REACH_COLOURS, strict=True)):
-        ahead, found = start.forecast_bands[:, k], energy[:, masks[name]].sum(axis=1)
-        if not ahead.any() and not found.any():
+        ahead = start.forecast_bands[:, k]
+        if not ahead.any() and not any(bands[k] for _, bands in found):
             continue
         legend: Figure = {"legendgroup": name}
         hover = f"forecast from step {start.step}: %{{y:.3g}}<extra>{name}</extra>"
         bold = {"line": {"color": colour, "width": 2.5}, "hovertemplate": hover}
-        data.append(line(at(ticks.tolist()), numbers(ahead, positive=log), name, colour, **bold, **legend))
-        dots = {"mode": "markers", "marker": {"size": 6, "color": colour}, "showlegend": False}
-        points = {"x": at([s.step for s in shown]), "y": numbers(found, positive=log)}
-        data.append(series(name, colour, points, at.word) | dots | legend)
-    after = [s for s in like if s.step > start.step]
-    found = np.array([float((s.coordinates**2).sum()) for s in after])
-    begun = float((start.coordinates**2).sum())
-    stretches = doubtful(after, found, start, start.forecast_bands.sum(axis=1), begun)
+        data.append(
+            line(at(start.forecast_steps.tolist()), numbers(ahead, positive=log), name, colour, **bold, **legend)
+        )
+        for dots, look in ((others, {"opacity": 0.35, "marker": {"size": 5, "color": colour}}), (found, {})):
+            points = {"x": at([s.step for s, _ in dots]), "y": numbers([bands[k] for _, bands in dots], positive=log)}
+            plain: Figure = {"mode": "markers", "marker": {"size": 7, "color": colour}, "showlegend": False}
+            data.append(series(name, colour, points, at.word) | plain | look | legend)
+    totals = np.array([float(bands.sum()) for _, bands in (*found, *others)])
     layout = layout_of(
         title,
         f"Energy of the probe's residual by when it falls to a tenth, as simulated at step {start.step} with "
         f"{remaining_steps(start):.0f} steps to go. Lines: that simulation, with the kernel frozen there. Dots: "
-        f"measured, in the modes of the same ranks at each probe. {SHADED}",
+        f"measured in the modes of that step, up to the next forecast; pale: in modes of the same ranks. {SHADED}",
         xaxis={"title": {"text": at.title}},
-        yaxis=value_axis("energy of the residual (loss units)", log=log, **limits(energy.sum(axis=1), log=log)),
+        yaxis=value_axis(
+            "energy of the residual (loss units)", log=log, **limits(totals, start.forecast_bands.ravel(), log=log)
+        ),
         showlegend=True,
         legend={"orientation": "h", "y": -0.22},
-        shapes=marks(at, start, stretches),
+        shapes=marks(at, start, _doubted(found, others, start)),
     )
     layout["meta"]["launches"] = launches(at, held)
     return {"data": data, "layout": layout}
+
+
+def _followed(snapshots: Sequence[Snapshot], start: Snapshot) -> list[tuple[Snapshot, Floats]]:
+    """Return what was found in the bands of a launch by the launch itself and by the probes that followed it."""
+    after = [s for s in looked(snapshots) if s.launched_bands.size == len(REACH)]
+    after = [s for s in after if s.step > start.step and s.facts.get("launch_step") == start.step]
+    after = [after[i] for i in thinned(len(after), _DOTS)] if after else []
+    return [(start, start.forecast_bands[0]), *((s, s.launched_bands) for s in after)]
+
+
+def _same_ranks(
+    held: Sequence[Snapshot], start: Snapshot, masks: Mapping[str, NDArray[np.bool_]]
+) -> list[tuple[Snapshot, Floats]]:
+    """Return the energy of other probes in the modes of the same ranks, which is the bands' where the kernel rests."""
+    like = [s for s in held if s.coordinates.size == start.coordinates.size and s.probe == start.probe]
+    like = [s for s in like if s is not start and s.facts.get("launch_step") != start.step]
+    with np.errstate(all="ignore"):  # of a run that broke, numbers overflow
+        return [
+            (like[i], np.array([float((like[i].coordinates[mask] ** 2).sum()) for mask in masks.values()]))
+            for i in (thinned(len(like), _DOTS) if like else [])
+        ]
+
+
+def _doubted(
+    found: Sequence[tuple[Snapshot, Floats]], others: Sequence[tuple[Snapshot, Floats]], start: Snapshot
+) -> list[tuple[int, int]]:
+    """Return where the forecast of the whole residual is no better than none."""
+    after = sorted(((s, bands) for s, bands in (*found, *others) if s.step > start.step), key=lambda one: one[0].step)
+    totals = np.array([float(bands.sum()) for _, bands in after])
+    ahead = start.forecast_bands.sum(axis=1)
+    return doubtful([s for s, _ in after], totals, start, ahead, float(ahead[0]))
 
 
 def _masks(start: Snapshot) -> dict[str, NDArray[np.bool_]]:

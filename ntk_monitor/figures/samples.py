@@ -192,12 +192,13 @@ def sample_residual(
         points = drawn(at, [s.step for s in held], values, log=log)
         name = f"sample {_name(held[-1], snapshots, chosen)}"
         data.append(series(name, colour, points, at.word, customdata=[chosen] * len(points["x"])))
+    heights = [y for trace in data for y in trace["y"]]
     layout = layout_of(
         title,
         "Norm over outputs of a sample's residual, in the loss's own geometry (Pearson residual for cross-entropy). "
         "One that stays high while the others fall is hard, or its label is wrong.",
         xaxis={"title": {"text": at.title}},
-        yaxis=value_axis(f"residual of the sample ({ARRAYS['sample_residual'].unit})", log=log),
+        yaxis=value_axis(f"residual of the sample ({ARRAYS['sample_residual'].unit})", heights, log=log),
         showlegend=True,
         legend={"font": {"size": 10}},
     )

@@ -70,7 +70,8 @@ def spectra(runs: Mapping[str, Sequence[Snapshot]], step: int | None = None, *, 
             ends = numbers([one.noise_floor] * 2)
             data.append(line([1, max(one.eigenvalues.size, 2)], ends, floor, ORANGE, line=dashed, showlegend=alone))
     some = next(iter(shown.values()))
-    yaxis = value_axis(f"eigenvalue ({ARRAYS['eigenvalues'].unit})", log=log, dtick=1 if log else None)
+    heights = np.concatenate(values) if values else np.empty(0)
+    yaxis = value_axis(f"eigenvalue ({ARRAYS['eigenvalues'].unit})", heights, log=log)
     if floors and log:
         top = max(float(np.nanmax(one, initial=floors[0])) for one in values)
         least = min(float(one[one > 0].min(initial=top)) for one in values)
@@ -85,8 +86,10 @@ def spectra(runs: Mapping[str, Sequence[Snapshot]], step: int | None = None, *, 
         xaxis=log_axis("mode index", exponentformat="none"),
         yaxis=yaxis,
         showlegend=True,
-        # Eigenvalues descend, so the upper right corner is always free.
-        legend={"x": 0.98, "y": 0.98, "xanchor": "right", "yanchor": "top"},
+        # Eigenvalues of one run descend, so that its upper right corner is free.
+        legend={"x": 0.98, "y": 0.98, "xanchor": "right", "yanchor": "top"}
+        if alone
+        else {"orientation": "h", "y": -0.22},
     )
     layout["meta"]["click"] = "mode"
     return {"data": data, "layout": layout}

@@ -105,11 +105,12 @@ def learning_rate_intervals(runs: Mapping[str, Sequence[Snapshot]], unit: Unit =
     look = {"color": GREY, "dash": "dash"}
     data.append(line([min(ends), max(ends)], [1.0, 1.0], "learning rate in use", GREY, line=look))
     at = next(iter(axes.values()))
+    heights = [y for trace in data for y in trace["y"]]
     layout = layout_of(
         _TITLE,
         _ABOUT.format("each run's optimizer", "Dotted: lower bound, solid: upper bound. "),
         xaxis={"title": {"text": at.title}},
-        yaxis=value_axis("factor (1: as it is)", log=log),
+        yaxis=value_axis("factor (1: as it is)", heights, log=log),
         showlegend=True,
         legend=_BELOW,
     )

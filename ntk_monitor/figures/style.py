@@ -87,9 +87,15 @@ def kernel_words(snapshot: Snapshot) -> str:
     )
 
 
-def value_axis(title: str, *, log: bool, **axis: Any) -> Figure:
-    """Return a vertical axis, logarithmic or linear."""
-    return log_axis(title, **({"dtick": None} | axis)) if log else {"title": {"text": title}} | axis
+def value_axis(title: str, values: Iterable[Any] = (), *, log: bool, **axis: Any) -> Figure:
+    """Return a vertical axis, logarithmic or linear, with ticks as `values`, or the range where one is given, ask."""
+    if not log:
+        return {"title": {"text": title}} | axis
+    known = np.array([value for value in numbers(values, positive=True) if value is not None])
+    low, high = axis.get("range") or (np.log10([known.min(), known.max()]) if known.size else (0, 0))
+    # Within a decade or so 2 and 5 are labelled too; over many, every second or third decade.
+    spaced = "D2" if high - low < 1.5 else int(max(1, np.ceil((high - low) / 8)))
+    return log_axis(title, **({"dtick": spaced} | axis))
 
 
 def word(text: str) -> str:

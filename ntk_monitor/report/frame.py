@@ -4,22 +4,26 @@ import html
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from ntk_monitor.atomic import whole
 from ntk_monitor.errors import InputError
 from ntk_monitor.figures import Figure
 
 
-def framed(title: str, body: str, specs: Mapping[str, Figure]) -> str:
+def framed(
+    title: str, body: str, specs: Mapping[str, Figure], others: Mapping[str, Sequence[Figure]] | None = None
+) -> str:
     """Return a page as HTML that needs no other file.
 
     Args:
         title: of the window.
         body: sections, in HTML.
         specs: figures by the keys of their places.
+        others: what a reader can turn some of them to, in the order of the choices.
 
     Raises:
         InputError: no plotly package to take plotly.js from.
@@ -30,6 +34,7 @@ def framed(title: str, body: str, specs: Mapping[str, Figure]) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(title)} · ntk_monitor</title><style>{_static('page.css')}</style></head>\n",
             f'<body>{body}\n<script type="application/json" id="figures">{_json(specs)}</script>',
+            f'\n<script type="application/json" id="others">{_json(others or {})}</script>',
             f"\n<script>{plotly()}</script>\n<script>{_static('page.js')}</script></body></html>\n",
         )
     )
@@ -44,12 +49,24 @@ def head(links: str, about: str = "") -> str:
     )
 
 
-def place(key: str, tells: str, *, wide: bool = False) -> str:
-    """Return where a figure is drawn, and what it tells."""
+def place(key: str, tells: str, *, wide: bool = False, about: str = "", kernel: str = "", axis: str = "") -> str:
+    """Return where a figure is drawn, and what it tells.
+
+    Args:
+        key: of the figure.
+        tells: how to read it, in a sentence.
+        wide: over the whole width of the page.
+        about: what it shows, in smaller letters.
+        kernel: which kernel it is about, shown when a reader asks.
+        axis: which choice of the run it follows.
+    """
     size = ' class="wide"' if wide else ""
+    follows = f' data-axis="{html.escape(axis)}"' if axis else ""
+    which = f' <abbr title="{html.escape(kernel)}">which kernel?</abbr>' if kernel else ""
+    more = f'<span class="more">{html.escape(about)}{which}</span>' if about or kernel else ""
     return (
-        f'<figure{size}><div class="plot" id="{html.escape(key)}"></div>'
-        f"<figcaption>{html.escape(tells)}</figcaption></figure>"
+        f'<figure{size}><div class="plot" id="{html.escape(key)}"{follows}></div>'
+        f"<figcaption>{html.escape(tells)}{more}</figcaption></figure>"
     )
 
 
@@ -80,7 +97,7 @@ def plotly() -> str:
     raise InputError("a report needs plotly.js, which the plotly package brings; pip install plotly")
 
 
-def _json(specs: Mapping[str, Figure]) -> str:
+def _json(specs: Mapping[str, Any]) -> str:
     # A closing tag inside a string would end the script element.
     return json.dumps(specs, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
 

@@ -1,19 +1,25 @@
-"""Which figures a run is shown by, in which order, and what each of them tells."""
+"""Every panel of a run, drawn for a file: at the end, and at the few stops between which a reader can choose.
 
-from collections.abc import Sequence
+A file cannot ask for another step, so a panel that depends on one is drawn at several; the tab draws any.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ntk_monitor import figures
 from ntk_monitor.figures import Figure
+from ntk_monitor.figures.style import thinned
 from ntk_monitor.history import History
-from ntk_monitor.panels import GROUPS
+from ntk_monitor.panels import CATALOGUE, Entry, View, draw
 from ntk_monitor.snapshot import Snapshot
 
-# Single modes drawn in the drill-down.
-_MODES = (1, 2, 3, 5, 9, 16)
+_STOPS, _MODES, _SAMPLES = 8, 8, 8
+_CELLS = 130_000
+"""Entries of all Gram matrices in the file, five bytes each."""
 
-
-__all__ = ["GROUPS", "Panel", "panels"]
+_WORDS = {"step": "step", "launch": "forecast from step", "mode": "mode", "sample": "sample"}
+# Of two things that a panel depends on, the one that a reader of a file would rather choose.
+_CHOSEN = ("sample", "mode", "launch", "step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,43 +29,87 @@ class Panel:
     name: str
     group: str
     figure: Figure
+    tells: str
+    """How to read it, in a sentence."""
     wide: bool = False
+    axis: str = ""
+    """What can be chosen: a field of the View, or nothing."""
+    others: tuple[Figure, ...] = ()
+    """The figure at every stop of its axis."""
 
     @property
-    def tells(self) -> str:
-        """What the figure shows and how to read it, in a sentence or two."""
+    def about(self) -> str:
+        """What the figure shows, in detail."""
         return str(self.figure["layout"].get("meta", {}).get("tooltip", ""))
+
+    @property
+    def kernel(self) -> str:
+        """Which kernel it is about, and how that is normalised."""
+        return str(self.figure["layout"].get("meta", {}).get("kernel", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a reader can choose for all panels of a run at once."""
+
+    axis: str
+    word: str
+    stops: tuple[int, ...]
 
 
 def panels(history: History) -> tuple[Panel, ...]:
     """Return the panels of one run. A figure without data keeps its place and says why it is empty."""
-    shown = history.snapshots
-    steps, rates = history.learning_rates
-    end = shown[-1].step if shown else 0
-    found = [
-        Panel("learning-rate-interval", "learning rate", figures.learning_rate_interval(shown)),
-        Panel("learning-rates", "learning rate", figures.learning_rates(steps.tolist(), rates.tolist(), end)),
-        Panel("loss-forecast", "loss", figures.loss_forecast(shown)),
-        Panel("forecast-error", "loss", figures.forecast_error(shown)),
-        Panel("residual-reach", "residual", figures.residual_reach(shown)),
-        Panel("residual-bands", "residual", figures.residual_bands(shown)),
-        Panel("named-residuals", "residual", figures.named_residuals(shown)),
-        Panel("mode-decay", "residual", figures.mode_decay(shown, _MODES)),
-        Panel("layer-updates", "layers", figures.layer_updates(shown)),
-        Panel("spectrum", "kernel", figures.spectrum(shown)),
-        Panel("spectrum-over-training", "kernel", figures.spectrum_over_training(shown)),
-    ]
-    if grams := _grams(shown):
-        found += [Panel(f"gram-{when}", "kernel", figures.gram(one, cosine=True)) for when, one in grams.items()]
-    found.append(Panel("scalars", "numbers", figures.scalars(shown), wide=True))
-    return tuple(found)
+    stops = {choice.axis: choice.stops for choice in choices(history)}
+    return tuple(_drawn(entry, history, stops) for entry in CATALOGUE)
 
 
-def _grams(snapshots: Sequence[Snapshot]) -> dict[str, Snapshot]:
-    """Return the first and the last probe that stored a Gram matrix."""
-    stored = [s for s in snapshots if s.gram.size]
-    return (
-        {"last": stored[0]}
-        if len(stored) == 1
-        else dict(zip(("first", "last"), (*stored[:1], *stored[-1:]), strict=False))
-    )
+def several(runs: Mapping[str, History]) -> tuple[Panel, ...]:
+    """Return the panels that draw many runs in one figure."""
+    shared = (entry for entry in CATALOGUE if entry.several)
+    return tuple(Panel(one.name, one.group, draw(one.name, runs), one.tells, one.wide) for one in shared)
+
+
+def choices(history: History) -> tuple[Choice, ...]:
+    """Return what can be chosen of a run, with at least two stops each, the last of which is where a panel begins."""
+    probes = history.measured
+    stored = [s for s in probes if s.gram.size]
+    launches = [s.step for s in probes if s.forecast_steps.size]
+    modes = next((len(s.mode_samples) for s in reversed(probes) if s.mode_samples.size), 0)
+    found = {
+        "step": _evenly([s.step for s in (stored if len(stored) > 2 else probes)], _room(stored)),
+        "launch": _evenly(launches, _STOPS),
+        "mode": tuple(range(1, min(modes, _MODES) + 1)),
+        "sample": _samples(probes),
+    }
+    return tuple(Choice(axis, _WORDS[axis], stops) for axis, stops in found.items() if len(stops) > 1)
+
+
+def _evenly(steps: Sequence[int], most: int) -> tuple[int, ...]:
+    return tuple(steps[i] for i in thinned(len(steps), most)) if steps else ()
+
+
+def _room(stored: Sequence[Snapshot]) -> int:
+    """Return at how many steps Gram matrices fit into the file."""
+    largest = max((s.gram.size for s in stored), default=1)
+    return max(2, min(_STOPS, _CELLS // largest))
+
+
+def _samples(probes: Sequence[Snapshot]) -> tuple[int, ...]:
+    """Return samples from those that are learned best to those that are not, by the last probe that has residuals."""
+    held = [s.sample_residual for s in probes if s.sample_residual.size]
+    if not held:
+        return ()
+    order = held[-1].argsort(kind="stable").tolist()
+    return tuple(order[i] for i in thinned(len(order), 2)[:1]) + tuple(order[-_SAMPLES + 1 :])
+
+
+def _drawn(entry: Entry, history: History, stops: Mapping[str, tuple[int, ...]]) -> Panel:
+    runs = {"": history}
+    figure = draw(entry.name, runs)
+    axis = next((one for one in _CHOSEN if one in entry.depends and one in stops), "")
+    # The heat map is the same at every step, but for a line.
+    if not axis or not figure["data"] or entry.name == "spectrum-over-training":
+        return Panel(entry.name, entry.group, figure, entry.tells, entry.wide)
+    views: list[dict[str, Any]] = [{axis: stop} for stop in stops[axis]]
+    others = tuple(draw(entry.name, runs, View(**view)) for view in views)
+    return Panel(entry.name, entry.group, figure, entry.tells, entry.wide, axis, others)
