@@ -108,8 +108,8 @@ def _reach(measured: Sequence[Snapshot]) -> Iterator[Card]:
     fast, within, late, noise = (energy[name] for name in REACH)
     words = (
         f"Of what was not learned at step {at.step}, the share whose energy falls to a tenth before the run ends, by "
-        f"simulation; {_percent(fast)} of the whole within the first tenth of those steps, {_percent(late + noise)} not "
-        "in time."
+        f"simulation; {_percent(fast)} of the whole within the first tenth of those steps, "
+        f"{_percent(late + noise)} not in time."
     )
     yield Card("in reach", f"{_percent(fast + within)} in {left:.0f} steps", "none", words, "residual")
 

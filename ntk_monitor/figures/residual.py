@@ -26,6 +26,8 @@ from ntk_monitor.snapshot import Floats, Snapshot
 
 _REACH_COLOURS = ("#2e9e55", "#7fc48c", "#e07b00", "#a0a0a0")
 _AREAS, _DOTS, _BARS = 180, 120, 40
+_LEAST = 1e-6
+"""Bands that never hold this share of the residual are left out."""
 
 
 def residual_bands(snapshots: Sequence[Snapshot], unit: Unit = "step") -> Figure:
@@ -89,9 +91,10 @@ def residual_reach(
     at = abscissa(snapshots, unit)
     found, others = _followed(snapshots, start), _same_ranks(held, start, masks)
     data: list[Figure] = []
+    least = _LEAST * float(start.forecast_bands[0].sum())
     for k, (name, colour) in enumerate(zip(REACH, _REACH_COLOURS, strict=True)):
         ahead = start.forecast_bands[:, k]
-        if not ahead.any() and not any(bands[k] for _, bands in found):
+        if max(float(bands[k]) for _, bands in (*found, (start, start.forecast_bands.max(axis=0)))) <= least:
             continue
         legend: Figure = {"legendgroup": name}
         hover = f"forecast from step {start.step}: %{{y:.3g}}<extra>{name}</extra>"

@@ -28,6 +28,8 @@ from ntk_monitor.snapshot import ARRAYS, Floats, Snapshot, shown_order
 
 _EACH = 10
 """Samples of each sign in the bars of a mode."""
+_FAINT = 0.02
+"""Loadings below this fraction of the largest are not drawn."""
 _WORST = 5
 """Samples that are followed when none is chosen."""
 _LETTERS = 28
@@ -51,9 +53,10 @@ def mode_samples(snapshots: Sequence[Snapshot], mode: int | None = None, step: i
     if rank > len(shown.mode_samples):
         return empty(title, f"Samples are stored for the {len(shown.mode_samples)} fastest modes.")
     pattern = shown.mode_samples[rank - 1]
-    order = np.argsort(pattern)
-    chosen = [int(i) for i in [*order[:_EACH], *order[::-1][:_EACH][::-1]] if pattern[i]]
-    chosen = list(dict.fromkeys(chosen))
+    order = np.argsort(np.nan_to_num(pattern), kind="stable")
+    least = _FAINT * float(np.nanmax(np.abs(pattern), initial=0.0))
+    below, above = ([int(i) for i in order if sign * pattern[i] > least] for sign in (-1, 1))
+    chosen = [*below[:_EACH], *above[-_EACH:]]
     values = pattern[chosen]
     outputs = shown.mode_outputs[rank - 1] if shown.mode_outputs.ndim == 2 and len(shown.mode_outputs) >= rank else ()
     bars = {
@@ -66,7 +69,8 @@ def mode_samples(snapshots: Sequence[Snapshot], mode: int | None = None, step: i
         "marker": {"color": [MODE_COLOURS[3] if value < 0 else BLUE for value in values]},
         "hovertemplate": "%{y}: %{x:.3f}<extra></extra>",
     }
-    held = float((pattern[chosen] ** 2).sum() / (pattern**2).sum()) if pattern.any() else 0.0
+    total = float(np.nansum(pattern**2))
+    held = float((values**2).sum()) / total if total > 0 else 0.0
     layout = layout_of(
         f"{title}, step {shown.step}",
         f"How strongly the mode loads on each sample: blue and red samples pull it in opposite directions, and a step "
