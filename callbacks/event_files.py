@@ -8,9 +8,15 @@ the user's own logging raises. A full disk met by one of our records would then 
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from ntk_monitor import board
 from ntk_monitor.recorder import append
+
+# A file larger than this is not searched for a layout of the user's.
+_SEARCHED = 2**26
 
 
 def local_file(writer: SummaryWriter) -> Path | None:
@@ -22,6 +28,14 @@ def local_file(writer: SummaryWriter) -> Path | None:
     name, file = getattr(inner, "_file_name", None), getattr(inner, "_general_file_writer", None)
     appends = type(file).__module__.startswith("tensorboard.compat.tensorflow_stub")
     return Path(str(name)) if appends and name is not None and "://" not in str(name) else None
+
+
+def layout(file: Path | None, prefix: str) -> list[Summary.Value]:
+    """Return our layout of custom scalars, unless a user's own may be in the file, whose place it would take."""
+    if file is None or not file.exists():
+        return [board.layout(prefix)]
+    taken = file.stat().st_size > _SEARCHED or CONFIG_SUMMARY_TAG.encode() in file.read_bytes()
+    return [] if taken else [board.layout(prefix)]
 
 
 def add(writer: SummaryWriter, record: Event) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from ntk_monitor import board
-from ntk_monitor.callbacks.event_files import add, local_file
+from ntk_monitor.callbacks.event_files import add, layout, local_file
 from ntk_monitor.errors import said
 from ntk_monitor.events import event
 from ntk_monitor.probe import Probe
 from ntk_monitor.probe_files import Manifest, save
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.recorder import Recorder, append
-from ntk_monitor.say import say
+from ntk_monitor.say import say, tell, watching
 from ntk_monitor.snapshot import Snapshot
 
 
@@ -42,6 +42,7 @@ class HuggingFaceSink:
         self._file = None if self._writer is None else local_file(self._writer)
         self._directory = None if self._writer is not None else Path(recipe.log_dir or Path(told[0].output_dir) / "ntk")
         self._recorder: Recorder | None = None
+        self._laid_out = False
 
     def publish(self, metrics: Mapping[str, float]) -> None:
         """Do nothing: this Trainer has no table of metrics for callbacks."""
@@ -69,6 +70,7 @@ class HuggingFaceSink:
         directory = self._directory if self._file is None else self._file.parent
         if directory is not None:
             save(probe, directory, self._prefix, manifest=manifest)
+            tell(watching(directory, self._prefix))
 
     def flush(self) -> None:
         """Wait until the disk has everything."""
@@ -82,11 +84,12 @@ class HuggingFaceSink:
             self._recorder.write(snapshot, self._prefix)
             return
         shown = [*board.scalars(snapshot, self._prefix), *board.pictures(snapshot, self._prefix)]
-        record = event(snapshot, self._prefix, shown)
+        record = event(snapshot, self._prefix, [*([] if self._laid_out else layout(self._file, self._prefix)), *shown])
         if self._file is not None:
             append(self._file, record)
         elif self._writer is not None:
             add(self._writer, record)
+        self._laid_out = True
 
     def _lose(self, reason: str, step: int) -> None:
         """Say once per reason what was lost: a disk stays full for many probes."""

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from ntk_monitor import board
-from ntk_monitor.callbacks.event_files import add, local_file
+from ntk_monitor.callbacks.event_files import add, layout, local_file
 from ntk_monitor.callbacks.lightning_base import Trainer
 from ntk_monitor.errors import InputError, said
 from ntk_monitor.events import event
@@ -20,7 +21,7 @@ from ntk_monitor.probe import Probe
 from ntk_monitor.probe_files import Manifest, save
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.recorder import Recorder
-from ntk_monitor.say import say
+from ntk_monitor.say import say, tell, watching
 from ntk_monitor.snapshot import Snapshot
 
 
@@ -37,6 +38,7 @@ class Sink:
         self._trainer = trainer
         self._lost = 0
         self._told: set[str] = set()
+        self._laid_out = False
         # A broadcast inside: every rank has to ask.
         directory = recipe.log_dir or trainer.log_dir
         self.recorder: Recorder | None = None
@@ -92,6 +94,7 @@ class Sink:
         directory = self._directory if file is None else file.parent
         if directory is not None:
             save(probe, directory, self._prefix, manifest=manifest)
+            tell(watching(directory, self._prefix))
 
     def flush(self) -> None:
         """Push what was written towards the disk, and say how much could not be written."""
@@ -123,7 +126,9 @@ class Sink:
     def _into(self, logger: Any, snapshot: Snapshot, values: list[Summary.Value]) -> None:
         writer = _writer(logger)
         assert writer is not None
-        add(writer, event(snapshot, self._prefix, [*values, *self._pictures(snapshot)]))
+        shown = [*self._layout(local_file(writer)), *values, *self._pictures(snapshot)]
+        add(writer, event(snapshot, self._prefix, shown))
+        self._laid_out = True
 
     def _pictures(self, snapshot: Snapshot) -> list[Summary.Value]:
         try:
@@ -136,8 +141,13 @@ class Sink:
         assert self._directory is not None
         if self.recorder is None:
             self.recorder = Recorder(self._directory)
-        shown = [*board.scalars(snapshot, self._prefix), *self._pictures(snapshot)]
+        scalars = board.scalars(snapshot, self._prefix)
+        shown = [*self._layout(self.recorder.path), *scalars, *self._pictures(snapshot)]
         self.recorder.write(snapshot, self._prefix, shown, stock=False)
+        self._laid_out = True
+
+    def _layout(self, file: Path | None) -> list[Summary.Value]:
+        return [] if self._laid_out else layout(file, self._prefix)
 
     def _lose(self, reason: str, step: int) -> None:
         """Say once per reason what was lost: a disk stays full for many probes."""

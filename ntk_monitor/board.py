@@ -1,5 +1,9 @@
-"""What stock TensorBoard shows of a Snapshot: its scalars, a histogram of the spectrum, the Gram matrix."""
+"""What stock TensorBoard shows of a Snapshot: its scalars, a histogram of the spectrum, the Gram matrix.
 
+And how it shows scalars that are read together: the two ends of the learning-rate interval in one chart.
+"""
+
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,10 +13,23 @@ from ntk_monitor.figures import gram
 from ntk_monitor.metrics import SCALARS
 from ntk_monitor.render import png
 from ntk_monitor.snapshot import Snapshot
-from ntk_monitor.stock import histogram_value, image_value, scalar_value
+from ntk_monitor.stock import histogram_value, image_value, layout_value, scalar_value
 
 # Wider than 350 pixels, TensorBoard's image card gets a scroll bar.
 _WIDTH, _HEIGHT = 350, 320
+
+
+_CHARTS = {
+    "the learning rate could be multiplied by": ("lr_headroom_low", "lr_headroom_high"),
+    "alignment, and residual that the steps left do not reach": ("alignment", "residual_out_of_reach"),
+    "how far the kernel moves, and what its tangent misses": ("kernel_change", "linearisation_error"),
+}
+
+
+def layout(prefix: str = "ntk") -> Summary.Value:
+    """Return which scalars the custom-scalars dashboard draws in one chart; once per run."""
+    charts = {title: [f"{re.escape(prefix)}/{name}$" for name in names] for title, names in _CHARTS.items()}
+    return layout_value(f"tangent kernel ({prefix})", charts)
 
 
 def scalars(snapshot: Snapshot, prefix: str = "ntk") -> Iterator[Summary.Value]:

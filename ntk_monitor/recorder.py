@@ -55,7 +55,7 @@ class Recorder:
         # The name that TensorBoard expects; the counter tells recorders of one process in one second apart.
         origin = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self.path = self.log_dir / f"events.out.tfevents.{origin}.ntk"
-        self._closed, self._strict = False, strict
+        self._closed, self._strict, self._laid_out = False, strict, False
         append(self.path)
 
     def write(
@@ -72,7 +72,10 @@ class Recorder:
         """
         try:
             shown = [*board.scalars(snapshot, prefix), *board.pictures(snapshot, prefix)] if stock else []
-            self._append(event(snapshot, prefix, [*shown, *extra]))
+            # One layout per file: a second one would take its place.
+            layout = [board.layout(prefix)] if stock and not self._laid_out else []
+            self._append(event(snapshot, prefix, [*layout, *shown, *extra]))
+            self._laid_out |= stock
         except Exception as error:
             if self._strict:
                 raise

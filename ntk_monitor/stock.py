@@ -1,7 +1,9 @@
-"""What TensorBoard's own widgets can show of a probe: scalars, one histogram, one image.
+"""What TensorBoard's own widgets can show of a probe: scalars, one histogram, one image, and charts of several scalars.
 
 Values are built from tensorboard's protos alone, in the format that both of its readers take without conversion.
 """
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,6 +17,8 @@ from tensorboard.compat.proto.summary_pb2 import (
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_STRING
+from tensorboard.plugins.custom_scalar import metadata as custom_scalars
+from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 from tensorboard.plugins.histogram import metadata as histograms
 from tensorboard.plugins.image import metadata as images
 from tensorboard.plugins.scalar import metadata as scalars
@@ -63,6 +67,21 @@ def image_value(tag: str, png_bytes: bytes, width: int, height: int, *, descript
             tensor_shape=_shape(3),
             string_val=[str(width).encode(), str(height).encode(), png_bytes],
         ),
+    )
+
+
+def layout_value(category: str, charts: Mapping[str, Sequence[str]]) -> Summary.Value:
+    """Return a layout for the custom-scalars dashboard: title of a chart → regular expressions of its scalars' tags.
+
+    One layout per run: a later one, under the same tag, takes its place. TensorBoard joins those of several runs by the
+    name of the category.
+    """
+    drawn = [Chart(title=title, multiline=MultilineChartContent(tag=tags)) for title, tags in charts.items()]
+    layout = Layout(category=[Category(title=category, chart=drawn)])
+    return Summary.Value(
+        tag=custom_scalars.CONFIG_SUMMARY_TAG,
+        metadata=_classed(custom_scalars.create_summary_metadata(), DATA_CLASS_TENSOR),
+        tensor=TensorProto(dtype=DT_STRING, tensor_shape=_shape(), string_val=[layout.SerializeToString()]),
     )
 
 

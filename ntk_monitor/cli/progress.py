@@ -52,8 +52,8 @@ class Line(pl.Callback):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Lightning's tips, device lines and advice; whatever anybody else says is still heard."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    """Silence tips, device lines and advice; whatever anybody else says, warnings of ours included, is still heard."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "ntk_monitor")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
