@@ -116,6 +116,35 @@ def test_at_random_weights_there_is_no_strong_positive_correlation(act: nn.Modul
     assert low < np.mean(found) < high
 
 
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(), nn.GELU(), nn.Tanh(), nn.Sigmoid()], ids=["relu", "gelu", "tanh", "sigmoid"]
+)
+@pytest.mark.parametrize("sphere", [False, True], ids=["gaussian", "sphere"])
+def test_the_claim_is_denied_for_random_networks(act: nn.Module, sphere: bool) -> None:
+    """The claim "saliency correlates with Θ(x, x)": no network of either kind of inputs gets a yes."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, x = _net(act, inputs=5, width=128, outputs=1), torch.randn(60, 5).double()
+        x = x / x.norm(dim=1, keepdim=True) if sphere else x
+        assert app.study(model, x, resamples=50).verdicts[0].holds is False
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Tanh()], ids=["relu", "tanh"])
+def test_the_claim_is_denied_after_training_too(act: nn.Module) -> None:
+    """Of these two; a sigmoid network trained on this target gets a Pearson of 0.55 and a yes: no law either way."""
+    model, x = _net(act, inputs=5, width=64, outputs=1), torch.randn(60, 5).double()
+    weights, y = list(model.parameters()), torch.sin(2 * x[:, :1])
+    loss = nn.functional.mse_loss(model(x), y)
+    first = loss.item()
+    for _ in range(300):
+        loss = nn.functional.mse_loss(model(x), y)
+        with torch.no_grad():
+            for p, g in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                p.sub_(g, alpha=0.1)
+    assert loss.item() < 0.9 * first
+    assert app.study(model, x, resamples=50).verdicts[0].holds is False
+
+
 class _Square(nn.Module):
     """f = w·x²: Θ = |x|⁴ summed and ∂f/∂x = 2 w x grow together."""
 

@@ -84,6 +84,22 @@ def test_orthogonal_tasks_have_no_overlap_though_the_trace_of_the_product_is_lar
         app.trace_product(k_a, k_b, a, b)
 
 
+def test_the_trace_of_the_product_claims_interference_where_a_step_on_one_task_cannot_move_the_other() -> None:
+    """The claim "Tr(K_A K_B) measures interference" on its counter-example, to the bit: outputs on A do not change."""
+    model = nn.Linear(6, 1, bias=False).double()
+    x, y = torch.zeros(16, 6).double(), torch.randn(16, 1).double()
+    x[:8, :3], x[8:, 3:] = torch.randn(8, 3).double(), torch.randn(8, 3).double()
+    report = app.study(model, x, y, tasks=np.repeat(["a", "b"], 8), steps=5)
+    assert report.verdicts[2].holds is False
+    assert report.number("largest overlap") == report.number("smallest cosine") == 0.0
+    before = model(x[:8]).detach()
+    F.mse_loss(model(x[8:]), y[8:]).backward()
+    with torch.no_grad():
+        assert model.weight.grad is not None
+        model.weight.sub_(model.weight.grad, alpha=0.5)
+    assert torch.equal(model(x[:8]), before)
+
+
 def test_trace_product_of_two_networks_on_the_same_inputs() -> None:
     x = torch.randn(5, 4).double()
     k, q = (matrix(empirical_ntk(_net(), x)) for _ in range(2))
