@@ -99,13 +99,16 @@ def _report(found: Comparison, name: str, classes: bool) -> Report:
     holds = gap <= CLOSE if abs(gap - CLOSE) > found.left else None
     numbers_ = [
         Number("gap", gap, "of the trained change", note="held-out; 0: training is kernel regression"),
+        Number(
+            "linearisation error", found.tangent_error, "of the trained change", note="held-out; 0: the tangent model"
+        ),
         Number("ridge", fit.ridge, "squared output units", note=f"penalty towards {fit.center}"),
         Number("degrees of freedom", fit.dof(), f"of {len(fit.values)}"),
         Number("leave-one-out error", loo, "mean square", note="predicted for held-out samples, from the others alone"),
         *(Number(f"held-out error, {key}", value, "mean square") for key, value in errors.items()),
     ]
     if fit.residual.shape[1] == 1:
-        numbers_.insert(4, Number("GCV", fit.gcv(), "mean square"))
+        numbers_.insert(5, Number("GCV", fit.gcv(), "mean square"))
     caveats = ["The copy is trained on squared error with this penalty, not on the run's own loss and optimizer."]
     if classes:
         caveats.append("Class labels are regressed as one-hot targets.")
@@ -156,7 +159,7 @@ def predictions(found: dict[str, Comparison]) -> Figure:
         "Trained network against kernel regression",
         "Each point is one output of a held-out sample. On the line, training is kernel regression with the kernel at "
         "the start; the spread around it is what the kernel's own change did.",
-        xaxis={"title": {"text": "kernel regression (output units)"}},
+        xaxis={"title": {"text": "kernel regression (output units)"}, "tickformat": "~g"},
         yaxis={"title": {"text": "trained network (output units)"}},
         showlegend=True,
         legend={"x": 0.02, "y": 0.98, "xanchor": "left", "yanchor": "top", "font": {"size": 10}},

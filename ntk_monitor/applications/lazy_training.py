@@ -33,6 +33,8 @@ class Comparison:
     mean: Array
     """Of the training targets, (C,)."""
     steps: int
+    tangent_error: float
+    """|f - f₀ - J₀ Δθ| / |f - f₀| on held-out samples: how far the trained network left its tangent model."""
     left: float
     """How far training may still have gone, relative to how far it has: an estimate from its last 20 steps."""
 
@@ -69,9 +71,25 @@ def compared(task: Problem, ridge: float | None = None, *, center: Center = "ini
     fit = kernel_regression(kernel, task.y, start, ridge, decay_center=center, j_theta0=pushed[0])
     predicted = fit.predict(cross, start_test, pushed[1])
     trained, taken, left = _trained(task, ridge, center, largest, steps)
+    reached = task.outputs(task.x_test, trained)
     return Comparison(
-        fit, predicted, task.outputs(task.x_test, trained), start_test, task.y_test, task.y.mean(0), taken, left
+        fit=fit,
+        predicted=predicted,
+        trained=reached,
+        start=start_test,
+        y_test=task.y_test,
+        mean=task.y.mean(0),
+        steps=taken,
+        tangent_error=_tangent_error(task, trained, reached - start_test),
+        left=left,
     )
+
+
+def _tangent_error(task: Problem, trained: nn.Module, change: Array) -> float:
+    pairs = zip(task.model.parameters(), trained.parameters(), strict=True)
+    tangent = task.pushed(task.x_test, [(b - a).detach() for a, b in pairs if a.requires_grad])
+    moved = float(np.linalg.norm(change))
+    return float(np.linalg.norm(change - tangent)) / moved if moved > 0 else math.nan
 
 
 def _trained(task: Problem, ridge: float, center: Center, largest: float, steps: int) -> tuple[nn.Module, int, float]:

@@ -170,6 +170,9 @@ def draws(  # noqa: PLR0913 - one experiment
         raise InputError(f"wanted at least one draw of one initialisation, got {count} of {len(inits)}")
     # Four pieces for every process: few enough to be cheap, many enough to end together and to show progress.
     pieces = math.ceil(count / (4 * max(processes, 1)))
+    if processes == 1:
+        # Every piece checks the engine on a copy of its own, which costs as much as a few draws.
+        pieces = max(pieces, min(count, 8))
     jobs = {
         (name, start): _Job(
             model, x, init, outputs, forward, tuple(range(seed + start, seed + min(start + pieces, count)))

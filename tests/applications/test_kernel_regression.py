@@ -235,8 +235,26 @@ def test_a_network_that_is_not_lazy_is_told_so() -> None:
     assert found.verdicts[0].holds is False
     assert found.number("gap") > 0.3
     assert "does not predict" in found.summary
+    # No prediction for a finite network without the error of its tangent model beside it.
+    assert found.number("linearisation error") > 0.3
+    assert "linearisation error" in found.text()
     wide = app.study(Antisymmetric(ReLUNetwork(D, 2048)), x, 0.3 * y, ridge=1.0, steps=300)
     assert wide.verdicts[0].holds is True
+
+
+def test_linearisation_error_is_that_of_an_explicit_jacobian() -> None:
+    x = sphere(16, 4)
+    task = problem(ReLUNetwork(D, 12), x, x[:, :1] * x[:, 1:2], held_out=0.25)
+    found = lazy_training.compared(task, 0.1, steps=40)
+    largest = float(np.linalg.eigvalsh(task.kernels()[0])[-1])
+    root = math.sqrt(0.1 / (largest + 0.1))
+    momentum = (1 - root) / (1 + root)
+    trained = task.descend(found.steps, 1 / (largest + 0.1), momentum=momentum, nesterov=True, pull=0.1)
+    weights = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (task.model, trained)]
+    tangent = jacobian(task.model, task.x_test) @ (weights[1] - weights[0]).numpy()
+    change = (found.trained - found.start)[:, 0]
+    expected = np.linalg.norm(change - tangent) / np.linalg.norm(change)
+    assert found.tangent_error == pytest.approx(expected, rel=1e-8)
 
 
 def test_study_takes_class_labels_and_leaves_the_model_alone() -> None:
