@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ntk_monitor.applications.residual import Decomposition, decompose_residual, depth_scan, example, study
+from ntk_monitor.applications.residual_words import told
 from ntk_monitor.applications.skips import residual_connections
 from ntk_monitor.errors import InputError, NetworkError
 from ntk_monitor.render import png
@@ -75,8 +76,8 @@ def test_a_readout_of_its_own_or_a_branch_of_zeros_lifts_every_eigenvalue() -> N
 def test_a_shared_readout_is_no_sum_and_eigenvalues_fall() -> None:
     """The claims "the kernel is a sum" and "eigenvalues never fall", on their counter-example."""
     x = samples()
-    found = [decompose_residual(Net(seed), x) for seed in range(10)]
-    assert sum(not one.lifted for one in found) >= 8
+    found = [decompose_residual(Net(seed), x) for seed in range(6)]
+    assert sum(not one.lifted for one in found) >= 5
     assert all(one.floor_holds for one in found)
     report = study(Net(1), x, levels=2)
     assert [verdict.holds for verdict in report.verdicts[:3]] == [False, False, True]
@@ -237,11 +238,12 @@ class Tower(nn.Module):
         return h @ self.a.T
 
 
+@pytest.mark.slow
 def test_depth_explodes_unless_branches_are_scaled() -> None:
     """tr K(x, x) = 8 |x|² (1 + β²)^(l-1) (1 + β² + 3/2 l β²): lengths and gradients grow by 1 + β² at every block."""
     x = nn.functional.normalize(samples(2, 64))
     found: dict[tuple[str, int], list[float]] = {}
-    for seed in range(4):
+    for seed in range(8):
         model = Tower(4, 64, seed)
         scan = depth_scan(model, x, residual_connections(model, x), levels=3)
         for name, levels in scan.items():
@@ -251,8 +253,8 @@ def test_depth_explodes_unless_branches_are_scaled() -> None:
         for name, beta in (("as built", 1.0), ("branches / √l", 1 / max(count, 1))):
             expected = (1 + beta) ** (count - 1) * (1 + beta + 1.5 * count * beta) if count else 1
             values = np.array(found[name, count]) / 8
-            assert abs(values.mean() - expected) < 4 * values.std(ddof=1) / 2 + 1e-9
-            assert values.std(ddof=1) / 2 < 0.15 * expected
+            assert abs(values.mean() - expected) < 4 * values.std(ddof=1) / math.sqrt(8) + 1e-9
+            assert values.std(ddof=1) / math.sqrt(8) < 0.15 * expected
     assert np.mean(found["as built", 4]) > 4 * np.mean(found["as built", 2])
     assert np.mean(found["branches / √l", 4]) < 1.5 * np.mean(found["branches / √l", 2])
 
@@ -260,13 +262,18 @@ def test_depth_explodes_unless_branches_are_scaled() -> None:
 def test_the_report_says_no_to_depth_and_yes_to_scaled_branches() -> None:
     x = nn.functional.normalize(samples(2, 64))
     tower = Tower(4, 64, 0)
-    assert study(tower, x, levels=3).verdicts[4].holds is False
-    with torch.no_grad():
-        for weight in tower.w:
-            weight.div_(2.0)
-    assert study(tower, x, levels=3).verdicts[4].holds is True
+    verdicts = []
+    for scale in (1.0, 2.0):
+        with torch.no_grad():
+            for weight in tower.w:
+                weight.div_(scale)
+        scan = depth_scan(tower, x, residual_connections(tower, x), levels=3)
+        parts = decompose_residual(tower, x)
+        verdicts.append(told(parts, {}, scan, 4).verdicts[4].holds)
+    assert verdicts == [False, True]
 
 
+@pytest.mark.slow
 def test_transformers_and_their_attention_are_read() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
@@ -314,9 +321,9 @@ def test_modules_are_chosen_by_name_or_pattern() -> None:
     one = decompose_residual(model, x, ["blocks.1"])
     other = decompose_residual(model, x, r"s\.1$")
     np.testing.assert_array_equal(one.branch, other.branch)
-    everything = decompose_residual(model, x, [""])
-    np.testing.assert_array_equal(everything.skip, decompose_residual(model, x).skip)
-    assert not np.allclose(one.skip, everything.skip)
+    every, all_of_them = residual_connections(model, x), residual_connections(model, x, modules=[""])
+    assert every == all_of_them
+    assert [skip.name for skip in residual_connections(model, x, modules=["blocks.1"]).found] == ["blocks.1"]
 
 
 def test_the_network_is_left_alone() -> None:
@@ -324,7 +331,7 @@ def test_the_network_is_left_alone() -> None:
     model.first.weight.requires_grad_(False)
     before = [p.clone() for p in model.parameters()]
     found = residual_connections(model, samples())
-    study(model, samples(4), levels=2)
+    decompose_residual(model, samples(4))
     assert model.training
     assert not model.first.weight.requires_grad
     assert "first.weight" not in set().union(*(skip.parameters for skip in found.found))
