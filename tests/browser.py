@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from selenium.common.exceptions import StaleElementReferenceException
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-from selenium.webdriver import ActionChains as ActionChains
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys as Keys
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -44,7 +44,7 @@ class Digits:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
         self.loss = nn.CrossEntropyLoss()
         probe = (self.images[:_SAMPLES], self.classes[:_SAMPLES])
-        options = {"every_n_steps": _EVERY, "total_steps": total_steps, "batch_size": _BATCH}
+        options: Any = {"every_n_steps": _EVERY, "total_steps": total_steps, "batch_size": _BATCH}
         reference = TensorDataset(self.images[:_REFERENCE], self.classes[:_REFERENCE])
         self.monitor = ntk.Monitor(self.model, self.optimizer, probe, self.loss, reference=reference, **options)
         self.out, self.probes = out, 0
@@ -135,11 +135,11 @@ class Tab:
     def __init__(self, driver: Chrome, address: str) -> None:
         self.driver, self.address = driver, address
 
-    def open(self) -> None:
-        """Load TensorBoard at the tab, and wait for the first figures."""
+    def open(self, state: str = "") -> None:
+        """Load TensorBoard at the tab, in a state that the address carries, and wait for the first figures."""
         self.driver.switch_to.default_content()
         self.driver.get("about:blank")
-        self.driver.get(f"{self.address}/#ntk")
+        self.driver.get(f"{self.address}/#ntk{state}")
         self.driver.switch_to.frame(self.one("iframe"))
         self.until(lambda: self.all(".panel[data-state=drawn]"))
 
@@ -172,7 +172,30 @@ class Tab:
 
     def click(self, selector: str) -> None:
         """Click an element, which may just be drawn anew."""
-        self.until(lambda: (self.one(selector).click(),))
+
+        def clicked() -> bool:
+            self.one(selector).click()
+            return True
+
+        self.until(clicked)
+
+    def click_at(self, element: WebElement, x: float, y: float) -> None:
+        """Click into an element, so many pixels from its upper left corner."""
+        width, height = element.size["width"], element.size["height"]
+        mouse = ActionChains(self.driver)
+        mouse.move_to_element_with_offset(element, round(x - width / 2), round(y - height / 2)).click().perform()
+
+    def drag(self, element: WebElement, right: int) -> None:
+        """Drag an element so many pixels to the right."""
+        ActionChains(self.driver).drag_and_drop_by_offset(element, right, 0).perform()
+
+    def press(self, selector: str, key: str, times: int = 1) -> None:
+        """Press a key, by selenium's name of it, on an element."""
+        self.one(selector).send_keys(getattr(Keys, key) * times)
+
+    def choose(self, selector: str, words: str) -> None:
+        """Choose an option of a list."""
+        Select(self.one(selector)).select_by_visible_text(words)
 
     def read(self, script: str, *arguments: Any) -> Any:
         """Return the value of an expression of the page."""
