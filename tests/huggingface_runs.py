@@ -125,7 +125,8 @@ def trainer(
 ) -> Any:
     """Return a Trainer that says nothing; `kind` among the options is its class, `checkpointing` "reentrant" or not."""
     kind = options.pop("kind", transformers.Trainer)
-    parts = {name: options.pop(name) for name in ("eval_dataset", "optimizers", "compute_loss_func") if name in options}
+    known = ("eval_dataset", "optimizers", "compute_loss_func", "processing_class")
+    parts = {name: options.pop(name) for name in known if name in options}
     settings: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
     if "checkpointing" in options:  # the library is renaming it

@@ -156,8 +156,9 @@ def _print_places(directory: Path, console: "Console") -> None:
         "figures": f"{directory / 'figures'}/*.png",
         "record": f"{directory}, read back by ntk_monitor.load_history({str(directory)!r})",
         "TensorBoard": f"{_tensorboard()} --logdir {shlex.quote(str(directory))}",
-        "then open": f"http://localhost:6006/{VIEW}",
-        "": 'and untick "Ignore outliers" in its settings, which hides the first probes',
+        "then open": "http://localhost:6006/#ntk",
+        "its scalars": f"http://localhost:6006/{VIEW}",
+        "": 'where to untick "Ignore outliers" in its settings, which hides the first probes',
     }
     for name, place in places.items():
         # Lines to copy are never broken.
