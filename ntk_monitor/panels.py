@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from ntk_monitor import figures
 from ntk_monitor.errors import InputError
 from ntk_monitor.figures import Figure
@@ -251,7 +253,8 @@ def draw(name: str, runs: Runs, view: View | None = None) -> Figure:
     """
     if name not in _BY_NAME:
         raise InputError(f"no panel is called {name!r}; choose one of {', '.join(_BY_NAME)}")
-    figure = _BY_NAME[name].draw(runs, view or View())
+    with np.errstate(all="ignore"):  # numbers of a run that broke may overflow here too
+        figure = _BY_NAME[name].draw(runs, view or View())
     last = next((one for one in reversed(_first(runs)) if one.status == "measured"), None)
     figure["layout"]["meta"] = {"kernel": kernel_words(last) if last else ""} | figure["layout"].get("meta", {})
     return figure

@@ -77,7 +77,7 @@ def steps_per_epoch(snapshots: Sequence[Snapshot]) -> float:
 def largest_rates(snapshots: Sequence[Snapshot]) -> tuple[Array, Array]:
     """Return steps (k,) at which learning rates changed, and the largest of all groups from there on (k,)."""
     steps, rates = recorded_rates(snapshots)
-    return steps, np.nan_to_num(rates).max(axis=1, initial=0.0)
+    return steps, np.where(np.isfinite(rates), rates, 0.0).max(axis=1, initial=0.0)
 
 
 def recorded_rates(snapshots: Sequence[Snapshot]) -> tuple[Array, Array]:

@@ -49,13 +49,13 @@ def named_residuals(
         dash = "solid" if k < len(MODE_COLOURS) else "dot"
         found = [(s.step, _size(s, name)) for s in shown if name in s.directions]
         label = word(f"{name}, {eta[name]}" if name in eta else name)
-        dots = {"mode": "markers+lines", "marker": {"size": 5, "color": colour}, "legendgroup": name}
+        dots = {"mode": "markers+lines", "marker": {"size": 5, "color": colour}, "legendgroup": word(name)}
         points = {"x": at([step for step, _ in found]), "y": numbers([v for _, v in found], positive=log)} | dots
         look = {"color": colour, "dash": dash, "width": 0.5 if told else 1.5}
         data.append(series(label, colour, points, at.word, line=look))
         if told and start is not None and name in start.directions:
             forecast = np.abs(start.forecast_directions[:, start.directions.index(name)])
-            bold = {"line": {"color": colour, "dash": dash, "width": 2}, "legendgroup": name, "showlegend": False}
+            bold = {"line": {"color": colour, "dash": dash, "width": 2}, "legendgroup": word(name), "showlegend": False}
             hover = f"forecast from step {start.step}: %{{y:.3g}}<extra>{word(name)}</extra>"
             x, y = at(start.forecast_steps.tolist()), numbers(forecast, positive=log)
             data.append(line(x, y, f"{label}, forecast", colour, hovertemplate=hover, **bold))

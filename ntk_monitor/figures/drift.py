@@ -93,6 +93,6 @@ def _traces(runs: Runs, parts: Mapping[str, Read], unit: Unit, *, log: bool) -> 
             shade = (BLUE, ORANGE)[k] if alone else colours[name]
             look = {"color": shade, "dash": "solid" if k == 0 else "dot"}
             label = (part or "alignment") if alone else word(name)
-            group = {"legendgroup": part if alone else name, "showlegend": alone or k == 0}
+            group = {"legendgroup": part if alone else word(name), "showlegend": alone or k == 0}
             data.append(series(label, shade, points, at.word, line=look, **group))
     return data, title

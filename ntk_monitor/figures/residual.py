@@ -106,6 +106,8 @@ def residual_reach(
             points = {"x": at([s.step for s, _ in dots]), "y": numbers([bands[k] for _, bands in dots], positive=log)}
             plain: Figure = {"mode": "markers", "marker": {"size": 7, "color": colour}, "showlegend": False}
             data.append(series(name, colour, points, at.word) | plain | look | legend)
+    if not data:
+        return empty(title, f"The residual at step {start.step} is zero or not finite.")
     totals = np.array([float(bands.sum()) for _, bands in (*found, *others)])
     layout = layout_of(
         title,

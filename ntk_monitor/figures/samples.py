@@ -171,7 +171,7 @@ def sample_residual(
 
     Default: the five samples with the largest residuals at the last probe.
     """
-    held = [s for s in measured(snapshots) if s.sample_residual.size]
+    held = [s for s in measured(snapshots) if s.sample_residual.size and np.isfinite(s.sample_residual).any()]
     held = [s for s in held if s.probe == held[-1].probe and len(s.sample_residual) == len(held[-1].sample_residual)]
     title = "Samples that lag behind" if sample is None else f"Residual of sample {sample}"
     if not held:

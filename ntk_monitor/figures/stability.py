@@ -99,7 +99,7 @@ def learning_rate_intervals(runs: Mapping[str, Sequence[Snapshot]], unit: Unit =
             values = [s.metrics[f"lr_headroom_{end}"] for s in snapshots]
             points = drawn(axes[name], [s.step for s in snapshots], values, log=log)
             ends += points["x"][:1] + points["x"][-1:]
-            more: dict[str, Any] = {"legendgroup": name, "showlegend": end == "high"}
+            more: dict[str, Any] = {"legendgroup": word(name), "showlegend": end == "high"}
             look = {"color": colour, "dash": dash, "width": 2 if end == "high" else 1.5}
             data.append(series(word(name), colour, points, axes[name].word, line=look, **more))
     look = {"color": GREY, "dash": "dash"}
