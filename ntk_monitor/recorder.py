@@ -21,7 +21,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from ntk_monitor import board
 from ntk_monitor.errors import InputError, said
 from ntk_monitor.events import event
-from ntk_monitor.say import say
+from ntk_monitor.say import say, tell, watching
 from ntk_monitor.snapshot import Snapshot
 
 _numbers = itertools.count()
@@ -75,7 +75,9 @@ class Recorder:
             # One layout per file: a second one would take its place.
             layout = [board.layout(prefix)] if stock and not self._laid_out else []
             self._append(event(snapshot, prefix, [*layout, *shown, *extra]))
-            self._laid_out |= stock
+            if layout:
+                self._laid_out = True
+                tell(watching(self.log_dir, prefix))
         except Exception as error:
             if self._strict:
                 raise

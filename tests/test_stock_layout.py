@@ -61,6 +61,14 @@ def test_a_record_of_its_own_has_one_layout(tmp_path: Path) -> None:
     assert len(layouts(recorder.path)) == 1
 
 
+@pytest.mark.usefixtures("fresh")
+def test_a_loop_is_told_how_to_watch_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Recorder(tmp_path / "run") as recorder:
+        for snapshot in HEALTHY[:3]:
+            recorder.write(snapshot, "mine")
+    assert capsys.readouterr().err == f"ntk_monitor: {watching(tmp_path / 'run', 'mine')}\n"
+
+
 def test_a_layout_of_the_users_own_keeps_its_place(tmp_path: Path) -> None:
     own = SummaryWriter(str(tmp_path / "own"))
     own.add_custom_scalars({"mine": {"loss": ["Multiline", ["loss"]]}})
