@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ntk_monitor.applications.module_names import axis_names
 from ntk_monitor.applications.report import Number, Report, Table, Verdict, short
 from ntk_monitor.figures.style import BLUE, GREY, MODE_COLOURS, ORANGE, Figure, layout_of, line, log_axis, numbers
 
@@ -271,8 +272,9 @@ def _figures(
 def projection_figure(projections: Mapping[tuple["Norm", bool], "Projection"]) -> Figure:
     """Return the spectra before (lines) and behind (dashes) of the layers, and of the projection alone (dots)."""
     data: list[Figure] = []
-    for k, ((norm, batch), one) in enumerate(projections.items()):
-        colour, name = MODE_COLOURS[k % len(MODE_COLOURS)], f"{_short(norm.name)}{', training' if batch else ''}"
+    short_names = [name.replace("<br>", ".") for name in axis_names([norm.name for norm, _ in projections])]
+    for k, ((_, batch), one) in enumerate(projections.items()):
+        colour, name = MODE_COLOURS[k % len(MODE_COLOURS)], f"{short_names[k]}{', training' if batch else ''}"
         for kernel, dash in ((one.before, "solid"), (one.projected, "dot"), (one.after, "dash")):
             values = np.linalg.eigvalsh(kernel)[::-1]
             shown = numbers(np.where(values > 1e-6 * one.top[0], values, np.nan), positive=True)
@@ -312,7 +314,7 @@ def scale_figure(tests: Sequence["ScaleTest"]) -> Figure:
         "acts on them. Off it their length means something.",
         xaxis={
             "tickvals": at,
-            "ticktext": [_short(test.norm.name) for test in tests],
+            "ticktext": axis_names([test.norm.name for test in tests]),
             "range": [-0.5, len(at) - 0.5],
             "showgrid": False,
         },
@@ -344,7 +346,3 @@ def batch_figure(coupling: "Coupling") -> Figure:
         showlegend=True,
     )
     return {"data": data, "layout": layout}
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else f"…{name[-15:]}"

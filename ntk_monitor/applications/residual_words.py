@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntk_monitor.applications.module_names import axis_names
 from ntk_monitor.applications.report import Number, Report, Table, Verdict
 from ntk_monitor.figures.style import BLUE, GREY, MODE_COLOURS, ORANGE, Figure, layout_of, line, log_axis, numbers
 
@@ -50,6 +51,7 @@ def told(
         caveats=(
             "K_skip and K_branch belong to networks cut at these weights: neither has been trained like that.",
             "The identity has no parameters, so no kernel: K_skip is the kernel of what lies before and behind it.",
+            "Where a normalisation follows, cutting a way also changes what it divides by: kernels may rise for that alone.",
             *(("Connections beyond the twelve shown are cut together with them only.",) if count > 12 else ()),
         ),
     )
@@ -164,7 +166,7 @@ def spectra(together: "Decomposition") -> Figure:
     ]
     layout = layout_of(
         "Eigenvalues with and without skips",
-        "If the kernel were a sum, the black line would lie above both others everywhere. Where it dips below one, an "
+        "If the kernel were a sum, the thick line would lie above both others everywhere. Where it dips below one, an "
         "eigenvalue fell: the cross term of skip and branch took it.",
         xaxis={"title": {"text": "eigenvalue, from the largest"}},
         yaxis=log_axis("eigenvalue"),
@@ -212,7 +214,7 @@ def connections(together: "Decomposition", single: Mapping["Skip", "Decompositio
         "one of the parts has alone; at 0 none does, and the lift holds.",
         xaxis={
             "tickvals": at,
-            "ticktext": [_short(name) for name in shown],
+            "ticktext": ["all", *axis_names([skip.name for skip in single])],
             "range": [-0.6, len(at) - 0.4],
             "showgrid": False,
         },
@@ -220,7 +222,3 @@ def connections(together: "Decomposition", single: Mapping["Skip", "Decompositio
         showlegend=True,
     )
     return {"data": data, "layout": layout}
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"…{name[-13:]}"
