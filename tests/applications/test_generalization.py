@@ -132,7 +132,6 @@ def test_a_kernel_that_was_fitted_to_noise_promises_too_much(fitted: Any) -> Non
     assert "fitted to the same targets" in fitted.text()
     rows = fitted.tables["Over training"].rows
     assert rows[-1][-2] < 0.05 < rows[0][-2]
-    assert all(png(figure).startswith(b"\x89PNG") for figure in fitted.figures.values())
 
 
 def test_linear_models_keep_every_promise() -> None:
@@ -148,7 +147,6 @@ def test_copies_of_samples_break_leave_one_out() -> None:
     """Every training sample twice: each predicts its copy, and the promise is far too good."""
     x, y = noisy(150, 1.0)
     task = problem(network(256), x, y, held_out=0.5)
-    twice = copy.copy(task)
     twice = type(task)(
         task.model, torch.cat([task.x] * 2), np.tile(task.y, (2, 1)), task.x_test, task.y_test, None, False
     )

@@ -161,7 +161,6 @@ def test_a_small_network_is_told_that_it_is_not_lazy(report: Any) -> None:
     assert proportional.holds is True
     assert foretold.holds is True
     assert "DOES NOT HOLD: training this network is lazy" in report.text()
-    assert all(png(figure).startswith(b"\x89PNG") for figure in report.figures.values())
 
 
 def test_a_wide_network_with_small_targets_is_lazy() -> None:
@@ -214,7 +213,7 @@ def wide(inputs: int) -> nn.Module:
 def test_noise_is_not_learned_better_by_moving() -> None:
     """Targets without any feature: alignment of training samples may rise, the held-out error does not fall."""
     torch.manual_seed(0)
-    x, y = torch.randn(120, 8).double(), torch.randn(120, 1).double()
+    x, y = torch.randn(80, 8).double(), torch.randn(80, 1).double()
     found = app.study(wide(8), x, y, scales=(0.1, 1.0, 10.0), held_out=0.5, steps=200)
     assert found.verdicts[3].holds is not True
 
