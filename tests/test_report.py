@@ -1,5 +1,6 @@
 """The report: one file, no network, words before figures, nothing in it that a name could inject."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 
 from ntk_monitor import figures
+from ntk_monitor.cards import cards
 from ntk_monitor.cli import main
 from ntk_monitor.errors import InputError
 from ntk_monitor.health import findings
 from ntk_monitor.history import History
+from ntk_monitor.panels import CATALOGUE, View, draw
 from ntk_monitor.recorder import Recorder
 from ntk_monitor.report import GROUPS, page, panels, write
+from ntk_monitor.report.panels import choices
 from ntk_monitor.snapshot import Snapshot
 from tests.histories import HEALTHY, edit
 from tests.snapshots import skipped, training, without_modes
@@ -30,8 +34,8 @@ HISTORIES = {
 }
 
 
-def specs(text: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', text, re.DOTALL)
+def specs(text: str, name: str = "figures") -> dict[str, Any]:
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.DOTALL)
     assert found is not None
     parsed: dict[str, Any] = json.loads(found.group(1))
     return parsed
@@ -66,10 +70,10 @@ def test_every_history_gives_a_page_with_every_panel(name: str) -> None:
 def test_a_panel_shows_the_numbers_of_the_history() -> None:
     drawn = specs(page({"run": HISTORIES["healthy"]}))
     interval = {trace["name"]: trace for trace in drawn["0-learning-rate-interval"]["data"]}
-    assert interval["full batches"]["y"] == [one.metrics["lr_headroom_high"] for one in HEALTHY]
+    assert interval["bound of full batches"]["y"] == [one.metrics["lr_headroom_high"] for one in HEALTHY]
     layers = drawn["0-layer-updates"]["data"]
-    assert [trace["name"] for trace in layers] == list(HEALTHY[0].layers)
-    assert [trace["y"][0] for trace in layers] == pytest.approx(HEALTHY[0].layer_update)
+    assert [trace["name"] for trace in layers] == [*HEALTHY[0].layers, f"step {HEALTHY[-1].step}"]
+    assert [trace["y"][0] for trace in layers[:-1]] == pytest.approx(HEALTHY[0].layer_update)
     loss = drawn["0-loss-forecast"]["data"][-1]
     assert loss["y"] == pytest.approx([one.loss_value for one in HEALTHY], rel=1e-5)
 
@@ -89,8 +93,10 @@ def test_names_and_texts_cannot_become_markup() -> None:
     snapshots = tuple(replace(one, layers=(evil, *one.layers[1:]), loss_status=evil) for one in HEALTHY)
     text = page({evil: History(snapshots, notes=(evil,)), "other": HISTORIES["healthy"]})
     assert "<img" not in words(text)
-    assert text.count("</script>") == 3  # ours: the data, plotly, the page's own
-    assert evil in specs(text)["0-layer-updates"]["data"][0]["name"]
+    assert text.count("</script>") == 4  # ours: the figures, the choices, plotly, the page's own
+    # A figure holds it as plotly shows every letter of it.
+    assert specs(text)["0-layer-share"]["data"][0]["name"].startswith("…")
+    assert "&lt;" in specs(text)["all-alignment"]["data"][0]["name"]
 
 
 def test_several_runs_stand_side_by_side() -> None:
@@ -100,6 +106,45 @@ def test_several_runs_stand_side_by_side() -> None:
     losses = [trace for trace in both["data"] if trace.get("xaxis") == "x"]
     assert losses[0]["x"] == [one.step for one in HEALTHY]
     assert '<section class="run" id="run-1">' in text
+    for name in ("learning-rate-interval", "spectrum", "alignment", "kernel-drift"):
+        drawn = json.dumps(specs(text)[f"all-{name}"])
+        assert '"one' in drawn
+        assert '"two' in drawn
+
+
+def test_a_reader_can_choose_a_step_a_forecast_a_mode_and_a_sample() -> None:
+    text = page({"run": HISTORIES["healthy"]})
+    turned = specs(text, "others")
+    for choice in choices(HISTORIES["healthy"]):
+        places = re.findall(rf'id="(0-[^"]+)" data-axis="{choice.axis}"', text)
+        assert places
+        for key in places:
+            assert len(turned[key]) == len(choice.stops)
+            view: dict[str, Any] = {choice.axis: choice.stops[0]}
+            expected = draw(key.removeprefix("0-"), {"": HISTORIES["healthy"]}, View(**view))
+            assert turned[key][0] == json.loads(json.dumps(expected))
+        assert f'data-axis="{choice.axis}"' in text.split('class="controls"')[1].split("</div>")[0]
+    assert {choice.axis for choice in choices(HISTORIES["healthy"])} == {"step", "launch", "mode", "sample"}
+
+
+def test_nothing_can_be_chosen_of_a_run_without_probes() -> None:
+    assert choices(HISTORIES["nothing"]) == ()
+    assert 'class="controls"' not in page({"run": HISTORIES["nothing"]})
+
+
+def test_gram_matrices_of_many_samples_do_not_fill_the_file() -> None:
+    large = tuple(replace(one, gram=np.eye(256), samples=256) for one in HEALTHY)
+    step = next(choice for choice in choices(History(large)) if choice.axis == "step")
+    assert step.stops == (0, HEALTHY[-1].step)
+
+
+def test_cards_and_modes_stand_beside_the_figures() -> None:
+    text = words(page({"run": HISTORIES["healthy"]}))
+    for card in cards(HISTORIES["healthy"]):
+        assert html.escape(card.value) in text
+        assert f'class="card {card.light}"' in text
+    assert "10 fastest modes" in text
+    assert text.count("which kernel?") == len(CATALOGUE)
 
 
 @pytest.mark.whole
@@ -112,10 +157,15 @@ def test_a_thousand_probes_fit_in_eight_megabytes_and_need_no_network(tmp_path: 
             eigenvalues=np.sort(generator.lognormal(size=640))[::-1],
             rates=np.sort(generator.lognormal(size=640))[::-1],
             coordinates=generator.normal(size=640),
-            time_to_learn=np.empty(0),
+            carried=generator.normal(size=640),
+            previous_step=k * 20 - 20,
+            time_to_learn=np.sort(generator.lognormal(size=640)),
+            metrics={name: float(generator.lognormal()) for name in HEALTHY[0].metrics},
         )
         for k in range(1000)
     )
+    several = write({f"run {k}": History(long) for k in range(2)}, tmp_path / "several.html")
+    assert several.stat().st_size < 8e6
     path = write({"long": History(long)}, tmp_path / "made" / "report.html")
     assert path.stat().st_size < 8e6
     text = path.read_text()

@@ -68,7 +68,7 @@ def _verdicts(report: "Report") -> Iterator[str]:
 
 def _numbers(report: "Report") -> str:
     cells = "".join(
-        f"<tr><th>{html.escape(one.name)}</th><td>{html.escape(str(one))}</td><td>{html.escape(one.note)}</td></tr>"
+        f"<tr><th>{html.escape(one.label)}</th><td>{html.escape(str(one))}</td><td>{html.escape(one.note)}</td></tr>"
         for one in report.numbers
     )
     return f'<table class="summary"><tbody>{cells}</tbody></table>' if cells else ""
@@ -76,12 +76,8 @@ def _numbers(report: "Report") -> str:
 
 def _table(title: str, table: "Table") -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-    rows = "".join(f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in row)}</tr>" for row in table.rows)
+    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table.words)
     return (
         f"<h3>{html.escape(title)}</h3>"
-        f'<table class="summary"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        f'<div class="scroll"><table class="rows"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
-
-
-def _cell(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else html.escape(str(value))

@@ -13,7 +13,7 @@ from ntk_monitor.errors import InputError
 from ntk_monitor.history import History
 from ntk_monitor.report.applied import section
 from ntk_monitor.report.frame import framed, head, place, saved
-from ntk_monitor.report.panels import panels, several
+from ntk_monitor.report.panels import STOPS, choices, panels, several
 from ntk_monitor.report.run import panel_place, run_section
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def page(
     """
     if not runs:
         raise InputError("a report needs at least one run, got none")
-    drawn = {name: panels(history) for name, history in runs.items()}
+    # Every run has a whole of choices to itself when it is alone; many share the room in the file.
+    most = max(2, STOPS // len(runs))
+    drawn = {name: panels(history, most) for name, history in runs.items()}
     placed = {f"{k}-{panel.name}": panel for k, shown in enumerate(drawn.values()) for panel in shown}
     specs = {key: panel.figure for key, panel in placed.items()}
     body = [_head(runs)]
@@ -55,7 +57,7 @@ def page(
         specs |= more
     for k, (name, history) in enumerate(runs.items()):
         answers = (applied or {}).get(name, ())
-        body.append(run_section(k, name, history, drawn[name], answers))
+        body.append(run_section(k, name, history, drawn[name], choices(history, most), answers))
         for n, report in enumerate(answers):
             text, more = section(report, key=f"{k}-app-{n}")
             body.append(text)

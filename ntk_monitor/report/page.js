@@ -63,10 +63,20 @@ function spec(place) {
   return (turned && turned[chosen]) || specs[place.id];
 }
 
+// Lines and dots that are black on paper take the ink of the theme.
+const BLACK = new Set(["#000000", "#111111", "#333333"]);
+function inked(traces) {
+  const { ink } = colours();
+  const black = (trace, part) => trace[part] && BLACK.has(trace[part].color);
+  return traces.map((trace) => ["line", "marker"].filter((part) => black(trace, part)).reduce(
+    (turned, part) => ({ ...turned, [part]: { ...trace[part], color: ink } }), trace,
+  ));
+}
+
 function draw(place) {
   const figure = spec(place);
   if (figure) {
-    Plotly.react(place, figure.data, themed(figure.layout, place.parentElement.classList.contains("wide")), options);
+    Plotly.react(place, inked(figure.data), themed(figure.layout, place.parentElement.classList.contains("wide")), options);
     place.dataset.drawn = "yes";
   }
 }

@@ -10,7 +10,7 @@ from ntk_monitor.history import History
 from ntk_monitor.mode_table import mode_table
 from ntk_monitor.panels import GROUPS
 from ntk_monitor.report.frame import place
-from ntk_monitor.report.panels import Choice, Panel, choices
+from ntk_monitor.report.panels import Choice, Panel
 from ntk_monitor.summary import rows
 
 if TYPE_CHECKING:
@@ -28,14 +28,21 @@ _FIRST = {
 }
 
 
-def run_section(k: int, name: str, history: History, shown: Sequence[Panel], answers: "Sequence[Report]") -> str:
+def run_section(
+    k: int,
+    name: str,
+    history: History,
+    shown: Sequence[Panel],
+    found: Sequence[Choice],
+    answers: "Sequence[Report]",
+) -> str:
     """Return the section of run k in HTML: its panels' places have the keys "k-name"."""
-    parts = [f'<section class="run" id="run-{k}" data-run="{k}"><h2>{html.escape(name)}</h2>']
+    parts = [f'<section class="run" id="run-{k}"><h2>{html.escape(name)}</h2>']
     parts += [_cards(k, history), _health(k, history), _summary(history)]
     if answers:
         links = (f'<a href="#{k}-app-{n}">{html.escape(one.title)}</a>' for n, one in enumerate(answers))
         parts.append(f'<p class="question">Asked of this run: {", ".join(links)}.</p>')
-    parts.append(_controls(choices(history)))
+    parts.append(_controls(found))
     for group, question in GROUPS.items():
         members = [panel for panel in shown if panel.group == group]
         if members:
