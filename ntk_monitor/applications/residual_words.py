@@ -51,7 +51,7 @@ def told(
         caveats=(
             "K_skip and K_branch belong to networks cut at these weights: neither has been trained like that.",
             "The identity has no parameters, so no kernel: K_skip is the kernel of what lies before and behind it.",
-            "Where a normalisation follows, cutting a way also changes what it divides by, which alone may raise kernels.",
+            "Where a normalisation follows, cutting a way changes what it divides by, and that may raise kernels.",
             *(("Connections beyond the twelve shown are cut together with them only.",) if count > 12 else ()),
         ),
     )
