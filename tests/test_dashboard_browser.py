@@ -195,7 +195,7 @@ def test_units_and_linear_axes(tab: Any) -> None:
     log.click()
     tab.settle()
     assert tab.read(kind) == "linear"
-    assert "linear=spectrum" in tab.read("parent.location.hash")
+    tab.until(lambda: "linear=spectrum" in tab.read("parent.location.hash"))
     log.click()
     tab.settle()
 
@@ -252,7 +252,7 @@ def test_the_launch_of_a_forecast_is_dragged(tab: Any) -> None:
     assert "loss-forecast" in fetched
     assert all("launch" in panels[name]["depends"] for name in fetched)
     assert tab.text(".launches output") == handle.text.removeprefix("from ")
-    assert f"launch={handle.text.removeprefix('from ')}" in tab.read("parent.location.hash")
+    tab.until(lambda: f"launch={handle.text.removeprefix('from ')}" in tab.read("parent.location.hash"))
 
 
 def test_the_page_follows_tensorboard_into_the_dark(tab: Any) -> None:

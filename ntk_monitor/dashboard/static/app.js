@@ -101,7 +101,7 @@ class Page {
     const theme = h("button", { className: "round", id: "theme", title: "Light or dark", "aria-label": "light or dark", textContent: "◐",
       onclick: () => { this.chosen = this.theme === "dark" ? "light" : "dark"; this.dress(); } });
     const nav = h("nav", { "aria-label": "groups of panels" }, groups.map(([group]) => h("button", { className: "link", textContent: group, onclick: () => go(group) })));
-    this.main = h("main", {}, new Cards(this).node, new Findings(this).node, groups.map(([group, question]) => this.group(group, question, drawn)));
+    this.main = h("main", {}, new Findings(this).node, new Cards(this).node, groups.map(([group, question]) => this.group(group, question, drawn)));
     body.append(
       h("div", { className: "bar" }, this.runsBar.node, nav, theme, this.steps.node),
       this.empty, this.subject, this.main,

@@ -17,6 +17,7 @@ export function dressed(layout, theme, { saved = false } = {}) {
   // Legends that lie flat go to the very bottom, under the title of the axis.
   if (layout.legend?.orientation === "h") Object.assign(found.legend, { x: 0, xanchor: "left", y: 0, yanchor: "bottom", yref: "container" });
   found.hoverlabel = { namelength: -1, ...layout.hoverlabel };
+  found.annotations = (layout.annotations ?? []).map((one) => ({ ...one, font: { ...one.font, color: soft } }));
   if (saved) found.title = { ...layout.title, font: { size: 16 }, x: 0.01, xanchor: "left" };
   else delete found.title;
   for (const key of new Set([...Object.keys(layout), "xaxis", "yaxis"])) {

@@ -27,17 +27,17 @@ export class Cards extends Live {
   fail(error) { this.node.replaceChildren(h("p", { className: "failed", textContent: error.message })); }
 }
 
-/** As many whole sentences as fit into three lines, at least one; the rest unfolds. */
+/** As many whole sentences as fit into a few lines, two where the first says little; the rest unfolds. */
 function lead(text) {
   let end = 0;
   for (const sentence of text.match(/.+?[.!?](?=\s|$)|.+$/gs) ?? []) {
-    if (end && end + sentence.length > LEAD) break;
+    if (end > LITTLE && end + sentence.length > MUCH) break;
     end += sentence.length;
   }
   return text.slice(0, end);
 }
 
-const LEAD = 110;
+const LITTLE = 50, MUCH = 130;
 const LIGHTS = { green: "green: as in a healthy run", amber: "amber: look at it", red: "red: act on it", none: "" };
 
 export class Findings extends Live {

@@ -79,7 +79,8 @@ export class Panel extends Live {
   async draw() {
     if (!this.figure) return;
     const layout = dressed(this.figure.layout, this.page.theme);
-    this.plot.style.height = layout.height ? `${layout.height}px` : "";
+    const height = layout.height ?? tall(layout);
+    this.plot.style.height = height ? `${height}px` : "";
     // What was zoomed stays so while new probes arrive.
     layout.uirevision = [this.page.focus, this.page.state.unit, this.page.state.linear.includes(this.entry.name)].join();
     await Plotly.react(this.plot, this.figure.data, layout, OPTIONS);
@@ -122,4 +123,14 @@ export class Panel extends Live {
     resized.unobserve(this.plot);
     Plotly.purge(this.plot);
   }
+}
+
+// Of a figure that stacks plots, each row needs this much.
+const ROW = 150;
+
+/** The height of a figure of three rows of plots or more; null for others, which are as high as the page says. */
+function tall(layout) {
+  const axes = Object.entries(layout).filter(([key, axis]) => /^yaxis\d*$/.test(key) && axis.domain);
+  const rows = new Set(axes.map(([, axis]) => axis.domain[0].toFixed(3))).size;
+  return rows > 2 ? rows * ROW : null;
 }

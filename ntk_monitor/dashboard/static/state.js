@@ -28,7 +28,9 @@ export class State {
     const changed = Object.keys(changes).filter((key) => JSON.stringify(this[key]) !== JSON.stringify(changes[key]));
     if (!changed.length) return;
     Object.assign(this, changes);
-    remember(this);
+    // Browsers refuse many changes of an address in a row, which a slider would make.
+    clearTimeout(this.later);
+    this.later = setTimeout(() => remember(this), 250);
     for (const listener of this.listeners) listener(new Set(changed));
   }
 
@@ -59,5 +61,5 @@ function remember(state) {
   try {
     // replaceState tells nobody, so TensorBoard's own router does not stir.
     parent.history.replaceState(parent.history.state, "", `#ntk${words.size ? "&" : ""}${words}`);
-  } catch { /* another origin, or too many changes in a second: memory alone */ }
+  } catch { /* another origin: memory alone */ }
 }
