@@ -84,8 +84,8 @@ def from_history(history: History) -> Report:
             Number("kernel movement, at least", low, "of |K₀|", note=f"lazy up to {LAZY:g}"),
             Number("kernel movement, at most", high, "of |K₀|"),
             Number("growth of the trace", probes[-1].metrics["trace"] / probes[0].metrics["trace"], "times"),
-            Number("kernel velocity, early", early, "1 - cosine per step"),
-            Number("kernel velocity, late", late, "1 - cosine per step"),
+            Number("kernel velocity, early", early, "per step", note="of 1 - cosine"),
+            Number("kernel velocity, late", late, "per step", note="of 1 - cosine"),
             Number(
                 "error of the tangent model, largest",
                 max(tangent, default=math.nan),
@@ -109,6 +109,7 @@ def from_history(history: History) -> Report:
         figures={"velocity": _figure(steps, speed, aligned)},
         caveats=(
             "Where the history holds no kernel_distance the movement is known within bounds only.",
+            "A learning rate that falls slows the kernel as well.",
             "Probes of training samples: the kernel has been fitted to their targets.",
         ),
     )
