@@ -92,7 +92,7 @@ function choose(control) {
 }
 
 for (const control of document.querySelectorAll(".controls [data-axis]")) {
-  control.addEventListener("input", () => choose(control));
+  control.addEventListener(control.tagName === "SELECT" ? "change" : "input", () => choose(control));
 }
 for (const button of document.querySelectorAll(".controls .play")) {
   let timer = null;
