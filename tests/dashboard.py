@@ -42,7 +42,9 @@ class Tab:
         loader.fix_flags(flags)
         self.multiplexer = EventMultiplexer(tensor_size_guidance=flags.samples_per_plugin)
         self.provider = MultiplexerDataProvider(self.multiplexer, str(self.logdir))
-        self.plugin = loader.load(TBContext(data_provider=self.provider, logdir=str(self.logdir), flags=flags))
+        plugin = loader.load(TBContext(data_provider=self.provider, logdir=str(self.logdir), flags=flags))
+        assert plugin is not None
+        self.plugin = plugin
         self.client = Client(TensorBoardWSGI([self.plugin], "", self.provider))
         self.reload()
 

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import struct
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,29 @@ def test_a_run_without_pictures_says_so_with_null(tmp_path: Path) -> None:
     tab = Tab(tmp_path)
     assert tab.json("sample", run="bare", sample=0) == {"sample": 0, "label": None, "text": None, "thumbnail": None}
     assert "was not stored" in tab.json("mode", 400, run="bare", mode=1)["error"]
+
+
+def test_modes_and_samples_end_somewhere(tab: Tab) -> None:
+    assert "first 10 modes" in tab.json("mode", 400, run="one", mode=11)["error"]
+    assert "samples 0 to 63" in tab.json("sample", 400, run="one", sample=64)["error"]
+
+
+def test_the_page_is_there_and_what_it_will_ask_for_gets_ready(tmp_path: Path) -> None:
+    tab = Tab(tmp_path)
+    assert b"render" in tab.get("index.js").data
+    until = time.monotonic() + 30
+    while not tab.plugin._routes and time.monotonic() < until:
+        time.sleep(0.01)
+    assert "figure" in tab.plugin._routes
+
+
+def test_a_run_that_measured_nothing_yet_has_an_empty_table(tmp_path: Path) -> None:
+    recorded(tmp_path / "run", [Snapshot(step=0, wall_time=1.7e9, status="skipped", reason="no memory")])
+    tab = Tab(tmp_path)
+    assert tab.json("modes", run="run")["rows"] == []
+    assert tab.json("manifest", run="run")["steps"] == []
+    for entry in CATALOGUE:
+        tab.json("figure", panel=entry.name, focus="run", run=["run"])
 
 
 def decoded(written: bytes) -> np.ndarray[Any, Any]:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.context import RequestContext
 
 from ntk_monitor.dashboard.source import Asked
@@ -183,24 +186,31 @@ def test_records_that_are_not_what_they_should_be_are_passed_over(tmp_path: Path
 
 def test_arrays_that_are_not_what_they_should_be_are_not_there(tmp_path: Path) -> None:
     def replaced(name: str, value: Summary.Value) -> Any:
-        content = event(replace(HEALTHY[0], gram=gram(1)))
+        content = event(HEALTHY[0])
         (place,) = (i for i, one in enumerate(content.summary.value) if one.tag.endswith(f"/{name}"))
         content.summary.value[place].tensor.CopyFrom(value.tensor)
         return content
 
-    def value(of: str) -> Summary.Value:
+    one, three = (TensorShapeProto(dim=[TensorShapeProto.Dim(size=size)]) for size in (1, 3))
+
+    def written(of: str) -> Summary.Value:
         return next(one for one in event(HEALTHY[0]).summary.value if one.tag.endswith(f"/{of}"))
 
-    odd = Summary.Value(
-        tensor={"dtype": 7, "string_val": [b"\x93NUMPY nonsense"], "tensor_shape": {"dim": [{"size": 1}]}}
-    )
-    append(recorded(tmp_path / "a", ()), replaced("eigenvalues", value("predictions")))
-    append(recorded(tmp_path / "b", ()), replaced("eigenvalues", odd))
-    append(recorded(tmp_path / "c", ()), replaced("gram", odd))
+    odd = Summary.Value(tensor=TensorProto(dtype=DT_STRING, string_val=[b"\x93NUMPY nonsense"], tensor_shape=one))
+    short = Summary.Value(tensor=TensorProto(dtype=DT_FLOAT, tensor_content=b"1234", tensor_shape=three))
+    for run, name, value in (
+        ("a", "eigenvalues", written("predictions")),
+        ("b", "eigenvalues", odd),
+        ("c", "eigenvalues", short),
+        ("d", "gram", odd),
+        ("e", "gram", written("gram")),
+    ):
+        append(recorded(tmp_path / run, ()), replaced(name, value))
     store = Store(Tab(tmp_path).provider)
-    assert [store.reading(ASKED, run).probes[0].eigenvalues.size for run in "abc"] == [0, 0, 10]
-    assert not store.reading(ASKED, "c").probes[0].gram.size
-    assert store.reading(ASKED, "a").probes[0].predictions.size
+    found = [opened(store, run)[0] for run in "abcde"]
+    assert [probe.eigenvalues.size for probe in found] == [0, 0, 0, 10, 10]
+    assert [probe.gram.size for probe in found] == [64**2, 64**2, 64**2, 0, 64**2]
+    assert all(probe.predictions.size for probe in found)
 
 
 def test_unknown_runs_are_refused_by_name(logdir: Path) -> None:

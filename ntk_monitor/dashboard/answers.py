@@ -1,5 +1,6 @@
 """What the page asks of runs, answered from their Histories."""
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -150,7 +151,7 @@ def manifest(history: History, unit: str = "step") -> dict[str, Any]:
     """Return what the controls of the page need: steps, axes, names; the axis of times only if that is the unit."""
     measured = history.measured
     last = measured[-1] if measured else None
-    totals = [s.facts["total_steps"] for s in history.snapshots if "total_steps" in s.facts]
+    totals = [total for s in history.snapshots if math.isfinite(total := s.facts.get("total_steps", math.nan))]
     return {
         "steps": [s.step for s in measured],
         "light_steps": [s.step for s in history.light],
