@@ -152,7 +152,7 @@ class Page {
 
 function subject(manifest) {
   const last = manifest.steps.at(-1);
-  const all = manifest.total_steps ? `step ${last} of ${manifest.total_steps}` : `step ${last}`;
+  const all = manifest.total_steps ? `trained to step ${last} of ${manifest.total_steps}` : `trained to step ${last}`;
   return ` · ${all} · ${manifest.kernel}`;
 }
 
