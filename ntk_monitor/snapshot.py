@@ -136,9 +136,11 @@ class Snapshot:
     @property
     def residual_energy(self) -> Floats:
         """Share of the residual's energy in each mode, (n,), summing to 1; empty without modes."""
-        energy = self.coordinates**2
-        total = energy.sum()
-        return energy / total if total > 0 else energy
+        # A run that diverged has infinite coordinates, whose shares are NaN.
+        with np.errstate(over="ignore", invalid="ignore"):
+            energy = self.coordinates**2
+            total = energy.sum()
+            return energy / total if total > 0 else energy
 
 
 SHOWN_SAMPLES = 256
