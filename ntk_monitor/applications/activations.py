@@ -259,7 +259,9 @@ def study(
 
 
 def _rows(word: str, index: Sequence[float], columns: Mapping[str, Array]) -> Table:
-    rows = tuple((float(at), *(float(values[k]) for values in columns.values())) for k, at in enumerate(index))
+    # What rounding makes of nothing is shown as nothing.
+    shown = [np.where(np.abs(values) < 1e-12, 0.0, values) for values in columns.values()]
+    rows = tuple((float(at), *(float(values[k]) for values in shown)) for k, at in enumerate(index))
     return Table((word, *columns), rows)
 
 

@@ -172,7 +172,7 @@ def _changes(names: list[str], step: Step, alive: NDArray[np.bool_], changes: Ar
     return heat(
         names,
         changes / own[:, None],
-        f"One step on a class: what it does to the others, {when}",
+        f"One step on a class, {when}",
         "change of loss / gain of the class itself",
         (-1.0, 1.0, DIVERGING),
         "Red: a step on the class of this row raises the loss of the class of this column; blue: it lowers it, as "
@@ -203,7 +203,7 @@ def _scan_figure(step: Step, scan: Sequence[Step]) -> Figure:
     here = {"mode": "markers", "marker": {"color": BLUE, "size": 13}, "showlegend": False}
     data.append(line([step.lr], numbers([step.error], positive=True), "this step", BLUE, **here))
     layout = layout_of(
-        "How large may a step be before the kernel misjudges it?",
+        "How large may a step be?",
         "Relative error of the first-order change between different classes against the learning rate; the large dot "
         "is the step of the other figures. Right of where the blue line crosses the dashed one, ask a real step.",
         xaxis=log_axis("learning rate"),

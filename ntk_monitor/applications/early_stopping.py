@@ -205,7 +205,7 @@ def _report(found: Stopping, name: str, steps: int) -> Report:
     caveats = ["Full batches, mean squared error and plain SGD; Adam's modes are those of another kernel."]
     if at == len(found.steps) - 1 or best == len(found.steps) - 1:
         caveats.append(f"An optimum lies at or beyond the last of {steps} steps; train longer to see it.")
-    ratio = f"{float(finite.max() / finite.min()):.3g}" if len(finite) and finite.min() > 0 else "above 1e300"
+    ratio = short(float(finite.max() / finite.min())) if len(finite) and finite.min() > 0 else "above 1e300"
     return Report(
         name="early_stopping",
         title=f"When to stop training {name}",
@@ -285,7 +285,7 @@ def errors(found: Stopping) -> Figure:
         xaxis=log_axis(STEPS, exponentformat="none"),
         yaxis={"title": {"text": "mean square error"}},
         showlegend=True,
-        legend={"x": 0.4, "y": 0.98, "xanchor": "center", "yanchor": "top", "font": {"size": 10}},
+        legend={"x": 0.02, "y": 0.02, "xanchor": "left", "yanchor": "bottom", "font": {"size": 10}},
     )
     return {"data": data, "layout": layout}
 

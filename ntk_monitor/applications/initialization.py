@@ -25,7 +25,7 @@ from ntk_monitor.applications.montecarlo import (
     draws,
     median_interval,
 )
-from ntk_monitor.applications.report import Number, Report, Table, Verdict
+from ntk_monitor.applications.report import Number, Report, Table, Verdict, short
 from ntk_monitor.batch import Batch, size
 from ntk_monitor.errors import InputError
 from ntk_monitor.figures.style import GREY, MODE_COLOURS, Figure, layout_of, line, numbers
@@ -199,17 +199,16 @@ def _median(name: str, one: Draws) -> Number:
 def _table(found: Mapping[str, Draws], known: Mapping[str, float | None]) -> Table:
     rows = []
     for name, one in found.items():
-        cells = [_cell(one, statistic) for statistic in STATISTICS]
+        cells = [_cell(middle, low, high) for low, middle, high in map(one.quartiles, STATISTICS)]
         middle, low, high = one.mean("trace")
         exact = known[name]
-        rows.append((name, *cells, f"{middle:.4g} [{low:.4g}, {high:.4g}]", "" if exact is None else f"{exact:.4g}"))
+        rows.append((name, *cells, _cell(middle, low, high), "" if exact is None else short(exact)))
     names = ("trace", "log10 condition", "effective rank", "lambda max")
     return Table(("init", *names, "mean trace [95 % CI]", "closed form"), tuple(rows))
 
 
-def _cell(one: Draws, statistic: str) -> str:
-    low, middle, high = one.quartiles(statistic)
-    return f"{middle:.4g} [{low:.4g}, {high:.4g}]"
+def _cell(middle: float, low: float, high: float) -> str:
+    return f"{short(middle)} [{short(low)}, {short(high)}]"
 
 
 def _conditioned(found: Mapping[str, Draws]) -> list[Verdict]:
@@ -219,10 +218,8 @@ def _conditioned(found: Mapping[str, Draws]) -> list[Verdict]:
     gain = found["xavier"].values["condition_log10"] - found["he"].values["condition_log10"]
     middle, low, high = median_interval(gain)
     holds = True if low > 0 else False if high < 0 else None
-    evidence = (
-        f"log10 condition of Xavier minus that of He, draw by draw: median {middle:+.3g}, "
-        f"95 % interval {low:+.3g} to {high:+.3g} decades"
-    )
+    interval = f"95 % interval {low:+.3g} to {high:+.3g}" if math.isfinite(low) else "too few draws for an interval"
+    evidence = f"log10 condition of Xavier minus that of He, draw by draw: median {middle:+.3g} decades, {interval}"
     return [Verdict("He is better conditioned than Xavier", holds, evidence)]
 
 

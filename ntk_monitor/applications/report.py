@@ -24,9 +24,15 @@ class Number:
     high: float | None = None
     note: str = ""
 
+    @property
+    def label(self) -> str:
+        """The name as it is shown."""
+        return self.name.replace("_", " ")
+
     def __str__(self) -> str:
         shown = short(self.value)
-        if self.low is not None and self.high is not None:
+        # An interval without ends says nothing.
+        if self.low is not None and self.high is not None and math.isfinite(self.low + self.high):
             shown += f" [{short(self.low)}, {short(self.high)}]"
         return f"{shown} {self.unit}".rstrip()
 
@@ -56,6 +62,11 @@ class Table:
         wrong = [row for row in self.rows if len(row) != len(self.columns)]
         if wrong:
             raise ValueError(f"every row must have {len(self.columns)} cells, got {len(wrong[0])}")
+
+    @property
+    def words(self) -> tuple[tuple[str, ...], ...]:
+        """The rows as they are shown."""
+        return tuple(tuple(_cell(value) for value in row) for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +191,7 @@ def _lines(report: Report, width: int) -> Iterator[str]:
         wide = min(max(len(one.name) for one in report.numbers), width // 2)
         for one in report.numbers:
             note = f"  {one.note}" if one.note else ""
-            yield from textwrap.wrap(f"{one.name:<{wide}}  {one}{note}", width, subsequent_indent=" " * (wide + 2))
+            yield from textwrap.wrap(f"{one.label:<{wide}}  {one}{note}", width, subsequent_indent=" " * (wide + 2))
     for title, table in report.tables.items():
         yield ""
         yield title
@@ -192,11 +203,13 @@ def _lines(report: Report, width: int) -> Iterator[str]:
 
 
 def _grid(table: Table) -> Iterator[str]:
-    rows: list[Sequence[str]] = [table.columns, *([_cell(value) for value in row] for row in table.rows)]
+    rows: list[Sequence[str]] = [table.columns, *table.words]
     widths = [max(len(row[k]) for row in rows) for k in range(len(table.columns))]
     for row in rows:
         yield "  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip()
 
 
 def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
     return short(value) if isinstance(value, float) else str(value)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ntk_monitor.applications.heat import heat
-from ntk_monitor.applications.report import Number, Report, Table, Verdict
+from ntk_monitor.applications.report import Number, Report, Table, Verdict, short
 from ntk_monitor.applications.tasks import Array, Forgetting, Tasks
 from ntk_monitor.figures.style import BLUE, DIVERGING, GREY, VIRIDIS, Figure, layout_of, line, numbers
 
@@ -57,7 +57,7 @@ def told(seen: Tasks, after: Forgetting, steps: int) -> Report:
             Verdict(
                 "Tr(K_A K_B) measures interference between tasks with different samples",
                 bool(high - low <= 1e-6 * abs(high)),
-                f"for {names[0]} and {names[1]} it runs from {low:.3g} to {high:.3g} with the order of the samples",
+                f"for {names[0]} and {names[1]} the order of the samples moves it from {short(low)} to {short(high)}",
             ),
         ),
         tables={"pairs": _pair_table(seen, overlaps, cosines), "after training": _loss_table(names, after, steps)},

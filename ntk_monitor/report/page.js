@@ -107,8 +107,13 @@ for (const button of document.querySelectorAll(".controls .play")) {
   });
 }
 
+// What is out of view is drawn anew when it comes into view.
 function redraw() {
-  for (const place of document.querySelectorAll('.plot[data-drawn="yes"]')) draw(place);
+  for (const place of document.querySelectorAll('.plot[data-drawn="yes"]')) {
+    delete place.dataset.drawn;
+    seen.unobserve(place);
+    seen.observe(place);
+  }
 }
 
 function theme(name) {

@@ -22,10 +22,16 @@ TOKENS = {
 }
 """Token ids cannot be scaled, have no distances and no gradient."""
 
+SUPERVISED = {"pinn_balance": "terms of the loss by name"}
+"""A supervised model has one term."""
+
+SHAPES = {"neural_ode": "keeps the shape of its states"}
+"""Classifiers are no vector fields."""
+
 REFUSED = {
-    "cnn": {"neural_ode": "keeps the shape of its states"},
-    "bert": TOKENS,
-    "vit": {"neural_ode": "keeps the shape of its states", "dropout": "no dropout module with p > 0"},
+    "cnn": {**SUPERVISED, **SHAPES, "residual": "no residual connection"},
+    "bert": {**SUPERVISED, **TOKENS},
+    "vit": {**SUPERVISED, **SHAPES, "dropout": "no dropout module with p > 0"},
 }
 """Application → part of the sentence; every other one answers."""
 
@@ -40,6 +46,7 @@ FEWER = {
     "saliency": "resamples=20",
     "lazy_or_rich": "steps=30 scales=(0.3,1.0)",
     "class_interference": "per_class=3",
+    "generalization": "steps=30",
 }
 
 QUICK = {
