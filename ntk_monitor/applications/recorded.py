@@ -31,6 +31,17 @@ def beside(directory: Path) -> tuple[list[Report], list[str]]:
     return found, notes
 
 
+def answers(directory: Path, history: History) -> tuple[list[Report], list[str]]:
+    """Return what is known about a run, and a sentence for each damaged record.
+
+    What lies beside it comes first, and takes the place of the same answer from the history: it may have been asked
+    with options of its own.
+    """
+    left, damaged = beside(directory)
+    there = {(one.name, one.title) for one in left}
+    return [*left, *(one for one in of_history(history)[0] if (one.name, one.title) not in there)], damaged
+
+
 def of_history(history: History) -> tuple[list[Report], list[str]]:
     """Return what a history answers by itself, and a sentence for each question that it lacks the inputs of."""
     found, notes = [], []

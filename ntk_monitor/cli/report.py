@@ -27,7 +27,7 @@ def run(runs: list[str], out: str | None, prefix: str | None, strict: bool) -> i
     """Write the report; returns the exit code."""
     from rich.console import Console
 
-    from ntk_monitor.applications.recorded import beside, of_history
+    from ntk_monitor.applications.recorded import answers
     from ntk_monitor.cli.words import print_summary
     from ntk_monitor.health import findings
     from ntk_monitor.history import load_history
@@ -41,8 +41,7 @@ def run(runs: list[str], out: str | None, prefix: str | None, strict: bool) -> i
         print_summary(history, console)
     applied = {}
     for name, run_path in named(runs).items():
-        (left, damaged), (read_off, _) = beside(Path(run_path)), of_history(histories[name])
-        applied[name] = [*left, *read_off]
+        applied[name], damaged = answers(Path(run_path), histories[name])
         for note in damaged:
             console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     path = write(histories, out or Path(runs[0]) / "report.html", applied=applied)
