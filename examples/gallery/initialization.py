@@ -40,7 +40,7 @@ def main(quick: bool = False, out: str | Path = "runs/gallery") -> Report:
     print(f"expected trace under He's rule, in closed form: {exact:.1f}\n")
 
     rules = {name: INITS[name] for name in ("xavier", "he", "pytorch")} | {"small head": small}
-    report = initialization.study(network(), x, inits=rules, count=8 if quick else 150)
+    report = initialization.study(network(), x, inits=rules, count=4 if quick else 150)
     print(report.text())
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / "initialization.png").write_bytes(png(report.figures["initialization"], 720, 450))

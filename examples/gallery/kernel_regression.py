@@ -20,7 +20,7 @@ def main(quick: bool = False, out: str | Path = "runs/gallery") -> Report:
     features, targets = load_diabetes(return_X_y=True)
     x = torch.tensor(features / features.std(axis=0))
     y = torch.tensor((targets - targets.mean()) / targets.std())[:, None]
-    count, width = (60, 64) if quick else (240, 512)
+    count, width = (40, 64) if quick else (240, 512)
     train, test = slice(0, count * 3 // 4), slice(count * 3 // 4, count)
 
     def network(units: int) -> nn.Module:
@@ -39,7 +39,7 @@ def main(quick: bool = False, out: str | Path = "runs/gallery") -> Report:
     print(f"held-out error of kernel regression {error:.3f}; of the mean target {y[test].var():.3f}")
 
     # And the question itself: the same, against networks that are trained with a penalty.
-    steps = 300 if quick else 2000
+    steps = 100 if quick else 2000
     wide = kernel_regression.study(model, x[:count], y[:count], steps=steps)
     print(f"width {width}: training ends {wide.number('gap'):.1%} of its way from kernel regression\n")
     report = kernel_regression.study(network(4), x[:count], y[:count], steps=steps)

@@ -36,8 +36,8 @@ def main(quick: bool = False, out: str | Path = "runs/gallery") -> Report:
     exact = neural_ode.closed_form_tanh_ode([1.0], 2.0, 0.7, [2.5])[0, 0]
     print(f"closed form of θ·tanh(y): K(1, 2.5) = {exact:.6f} at θ = 0.7, T = 2\n")
 
-    chosen = states[torch.argsort(classes[:24], stable=True)][:: 4 if quick else 1]
-    scan, steps = ((2, 4), 10) if quick else ((5, 10, 20, 40), 40)
+    chosen = states[torch.argsort(classes[:24], stable=True)][:: 6 if quick else 1]
+    scan, steps = ((2, 4), 5) if quick else ((5, 10, 20, 40), 40)
     report = neural_ode.study(field, chosen, time=1.0, solver=Solver(steps=steps), scan=scan)
     print(report.text())
     Path(out).mkdir(parents=True, exist_ok=True)

@@ -30,17 +30,17 @@ class Block(nn.Module):
 
 def main(quick: bool = False, out: str | Path = "runs/gallery") -> Report:
     inputs, _ = load_digits(return_X_y=True)
-    x = torch.tensor(inputs[: 8 if quick else 40] / 16)
+    x = torch.tensor(inputs[: 6 if quick else 40] / 16)
 
     torch.manual_seed(0)
-    blocks = [Block(32) for _ in range(2 if quick else 8)]
+    blocks = [Block(32) for _ in range(1 if quick else 8)]
     model = nn.Sequential(nn.Linear(64, 32), *blocks, nn.Linear(32, 10)).double()
 
     parts = residual.decompose_residual(model, x)
     print(f"cross term {parts.cross_ratio:.0%} of the kernel; skips alone reach {parts.skip_rank} directions")
     print(f"eigenvalues below the floor that skip and branch would give: {parts.fallen} of {len(parts.full)}\n")
 
-    report = residual.study(model, x, levels=3 if quick else 5)
+    report = residual.study(model, x, levels=2 if quick else 5)
     print(report.text())
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / "residual.png").write_bytes(png(report.figures["spectra"], 720, 450))
