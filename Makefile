@@ -43,6 +43,7 @@ bench: $(STAMP) ## time what users wait for
 	$(BIN)/python -m tests.benchmarks.run
 	$(BIN)/python -m tests.benchmarks.overhead
 	$(BIN)/python -m tests.benchmarks.analyze
+	$(BIN)/python -m tests.benchmarks.dashboard
 
 # Installs nothing: a machine with an accelerator is often offline and has its own torch. Only files with gpu tests are
 # collected, since others may import test tools that it lacks; and its versions are not ours, so warnings are no errors.
