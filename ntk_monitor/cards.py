@@ -22,6 +22,11 @@ GOOD, USELESS = 0.2, 1.0
 FREE = 0.03
 """Share of wall time: the default budget is 0.02, and short runs end before early probes are paid back."""
 
+_TO_GO = 0.25
+"""Share of the run that must be left for a simulation to say something of it."""
+_RELAXED = 0.3
+"""Where bounds were below this fraction of the present ones, the tighter ones are told too."""
+
 _TOO_HIGH = next(rule for rule in RULES if rule.name == "lr_too_high")
 
 
@@ -96,6 +101,9 @@ def _rate(shown: Sequence[Snapshot], looked: Sequence[Snapshot]) -> Iterator[Car
     else:
         words = "Above the bound even for full-batch steps. If the loss does not fall, the learning rate is too high."
     when = "" if at is looked[-1] else f" Last measured at step {at.step}."
+    tight, least, most = min(known, key=lambda one: one[2])
+    if most < _RELAXED * high:
+        when += f" At its tightest, step {tight.step}, the factors were {short(least)} and {short(most)}."
     yield Card("learning rate", f"could be multiplied by {factor}", light, words + when, "learning rate")
 
 
@@ -103,7 +111,8 @@ def _reach(measured: Sequence[Snapshot]) -> Iterator[Card]:
     found = [s for s in measured if reach_energy(s)]
     if not found:
         return
-    at = found[-1]
+    # With hardly any steps to go nothing is in reach, which says nothing of the run.
+    at = ([s for s in found if remaining_steps(s) >= _TO_GO * s.facts.get("total_steps", math.inf)] or found)[-1]
     energy, left = reach_energy(at), remaining_steps(at)
     fast, within, late, noise = (energy[name] for name in REACH)
     words = (

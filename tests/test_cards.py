@@ -76,10 +76,17 @@ def test_a_step_shows_the_run_as_it_was() -> None:
     assert _cards(HEALTHY, step=110) == then
 
 
-def test_what_is_in_reach_is_told_of_the_last_simulation() -> None:
+def test_what_is_in_reach_is_told_of_the_last_simulation_with_a_quarter_of_the_run_to_go() -> None:
     card = _cards(HEALTHY)["in reach"]
-    assert card.value.endswith(f"in {EVERY} steps")
-    assert f"at step {HEALTHY[-1].step}" in card.sentence
+    assert card.value.endswith(f"in {3 * EVERY} steps")
+    assert f"at step {HEALTHY[-3].step}" in card.sentence
+    assert _cards(HEALTHY[-1:])["in reach"].value.endswith(f"in {EVERY} steps")
+
+
+def test_where_the_bounds_were_tighter_is_told() -> None:
+    sentence = _cards(HEALTHY)["learning rate"].sentence
+    assert "At its tightest, step 0, the factors were 3 and 8." in sentence
+    assert "tightest" not in _cards(HEALTHY[:2])["learning rate"].sentence
 
 
 def test_a_bound_of_an_earlier_probe_says_so() -> None:

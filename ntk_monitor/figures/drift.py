@@ -63,13 +63,16 @@ def kernel_drift(runs: Runs, unit: Unit = "step", *, log: bool = True) -> Figure
     if not data:
         return empty("Drift of the kernel", "No second probe has been measured yet.")
     heights = [y for trace in data for y in trace["y"]]
+    kept = [y for y in heights if y is not None and y > 0]
+    # Below a millionth the kernel stands still; a last probe a step after another would stretch the axis to that.
+    low = {"range": [max(float(np.log10(min(kept))) - 0.1, -6.0), float(np.log10(max(kept))) + 0.1]} if kept else {}
     several = " Solid: since the previous probe; dotted: since the first." if len(runs) > 1 else ""
     layout = layout_of(
         "Drift of the kernel",
         "1 - cosine between kernels since the previous probe, 1 - CKA (centred cosine) since the first. 0 is a frozen "
         f"(lazy) kernel; growth alone does not count, see the trace.{several}",
         xaxis={"title": {"text": title}},
-        yaxis=value_axis("turned by (1 - cosine)", heights, log=log),
+        yaxis=value_axis("turned by (1 - cosine)", heights, log=log, **(low if log else {})),
         showlegend=True,
         legend=_BELOW,
     )

@@ -18,22 +18,26 @@ SHADED = "Shaded: no better there than forecasting no change, or the learning ra
 # Where less than this has changed since the launch (logarithm of the ratio), there is nothing to judge by.
 _STILL = 0.02
 
+_EARLY = 0.75
 _LAUNCHES = 500
 
 
-def launched(snapshots: Sequence[Snapshot], launch: int | None = None) -> Snapshot | None:
-    """Return the probe nearest to the wanted launch that made a forecast; None when no probe did.
+def launched(snapshots: Sequence[Snapshot], launch: int | None = None, holds: str = "forecast_loss") -> Snapshot | None:
+    """Return the probe nearest to the wanted launch whose forecast holds an array; None when no probe has one.
 
-    Default: the last forecast that has at least two probes after it, so that it can be judged, else the last one.
+    Default: the last forecast with at least two probes behind it, so that it can be judged, and a quarter of the run to
+    go, without which it says little; else the last that can be judged; else the last.
     """
     probes = measured(snapshots)
-    made = [s for s in probes if s.forecast_steps.size]
+    made = [s for s in probes if s.forecast_steps.size and getattr(s, holds).size]
     if not made:
         return None
     if launch is not None:
         return min(made, key=lambda s: abs(s.step - launch))
     judged = [s for s in made if len(probes) > 2 and s.step < probes[-2].step]
-    return judged[-1] if judged else made[-1]
+    total = probes[-1].facts.get("total_steps", np.nan)
+    early = [s for s in judged if s.step <= _EARLY * (total if np.isfinite(total) else probes[-1].step)]
+    return (early or judged or made)[-1]
 
 
 def doubtful(

@@ -80,7 +80,7 @@ def _named(held: Sequence[Snapshot], field: str) -> dict[str, str]:
 
 def _label(name: str) -> str:
     """Return a layer's name, its end alone where it is long: what differs between layers stands there."""
-    return word(name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}") or "the module"
+    return word(name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :].lstrip('.')}") or "the module"
 
 
 def _split(table: Mapping[str, float], named: Mapping[str, str]) -> Floats:

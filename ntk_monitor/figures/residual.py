@@ -84,7 +84,7 @@ def residual_reach(
     """
     title = "Residual in reach of the steps left"
     held = [s for s in measured(snapshots) if s.coordinates.size]
-    start = launched([s for s in held if s.forecast_bands.ndim == 2 and s.forecast_bands.size], launch)
+    start = launched(held, launch, "forecast_bands")
     masks = _masks(start) if start is not None else {}
     if start is None or not masks:
         return _reach_shares(snapshots, title)
