@@ -182,6 +182,9 @@ STAGES = (
     "ntk_monitor.callbacks.sink.Sink.write",
     "ntk_monitor.callbacks.sink.Sink.flush",
     "ntk_monitor.recorder.append",
+    "ntk_monitor.portrait.Portrait.show",
+    "ntk_monitor.portrait.thumbnails",
+    "ntk_monitor.monitor.full_record",
 )
 
 
