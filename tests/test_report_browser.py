@@ -98,6 +98,8 @@ def test_dark_and_light_redraw_the_figures(page: Any) -> None:
     before = page.execute_script(ink, place)
     page.execute_script("window.scrollTo(0, 0)")
     page.find_element(By.ID, "theme").click()
+    # What is out of view waits until it is looked at.
+    _shown(page, "0-alignment")
     _until(lambda: page.execute_script(ink, place) != before)
 
 
