@@ -173,9 +173,11 @@ export async function start(body) {
   document.documentElement.lang = "en";
   const page = new Page();
   document.documentElement.dataset.theme = page.theme;
-  const plotly = script(address("plotly.js"));
+  // Words and numbers do not wait for what draws figures.
+  page.plotly = script(address("plotly.js"));
+  page.plotly.catch(() => {});
   try {
-    await Promise.all([plotly, page.load()]);
+    await page.load();
   } catch (error) {
     body.append(h("p", { className: "failed", textContent: error.message }));
     return;

@@ -23,13 +23,17 @@ export function table(plot, name) {
 
 /** One row for every point: its series, its coordinates and, of a map, its value. */
 export function csv(plot) {
-  const titled = (key, other) => plot._fullLayout[key]?.title?.text?.replace(/<[^>]*>/g, " ") || other;
-  const head = ["series", titled("xaxis", "x"), titled("yaxis", "y")];
-  const maps = plot._fullData.some((trace) => trace.z);
-  const lines = [maps ? [...head, "value"] : head];
-  for (const trace of plot._fullData) {
+  const { _fullLayout: layout, _fullData: data } = plot;
+  // Maps of samples are sorted by class; a table names the samples themselves.
+  const order = layout.meta?.order;
+  const named = (place) => order?.[place] ?? place;
+  const single = !layout.yaxis2;
+  const titled = (key, other) => (order ? "sample" : single && layout[key]?.title?.text?.replace(/<[^>]*>/g, " ")) || other;
+  const maps = data.some((trace) => trace.z);
+  const lines = [["series", titled("xaxis", "x"), titled("yaxis", "y"), ...(maps ? ["value"] : [])]];
+  for (const trace of data) {
     if (trace.z) {
-      trace.z.forEach((row, i) => row.forEach((value, j) => lines.push([trace.name, trace.x?.[j] ?? j, trace.y?.[i] ?? i, value])));
+      trace.z.forEach((row, i) => row.forEach((value, j) => lines.push([trace.name, named(trace.x?.[j] ?? j), named(trace.y?.[i] ?? i), value])));
     } else {
       const length = Math.max(trace.x?.length ?? 0, trace.y?.length ?? 0);
       for (let i = 0; i < length; i++) lines.push([trace.name, trace.x?.[i] ?? i, trace.y?.[i] ?? i, ...(maps ? [null] : [])]);

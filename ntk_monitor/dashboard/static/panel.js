@@ -15,7 +15,7 @@ const inView = new IntersectionObserver((entries) => {
 }, { rootMargin: "150px" });
 
 const resized = new ResizeObserver((entries) => {
-  for (const { target } of entries) if (target.panel.figure && target.clientWidth) Plotly.Plots.resize(target);
+  for (const { target } of entries) if (target.panel.heard && target.clientWidth) Plotly.Plots.resize(target);
 });
 
 export class Panel extends Live {
@@ -77,6 +77,7 @@ export class Panel extends Live {
   }
 
   async draw() {
+    await this.page.plotly;
     if (!this.figure) return;
     const layout = dressed(this.figure.layout, this.page.theme);
     const height = layout.height ?? tall(layout);
@@ -111,7 +112,7 @@ export class Panel extends Live {
 
   fail(error) {
     this.figure = null;
-    Plotly.purge(this.plot);
+    globalThis.Plotly?.purge(this.plot);
     this.heard = false;
     if (this.handle) this.handle.node.hidden = true;
     this.plot.replaceChildren(h("p", { className: "failed", textContent: error.message }));
@@ -121,7 +122,7 @@ export class Panel extends Live {
     super.forget();
     inView.unobserve(this.node);
     resized.unobserve(this.plot);
-    Plotly.purge(this.plot);
+    globalThis.Plotly?.purge(this.plot);
   }
 }
 
