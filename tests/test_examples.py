@@ -41,6 +41,7 @@ def test_plain_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_huggingface(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     history = _main("huggingface")(steps=3, out=tmp_path)
     assert history.steps.tolist() == [0, 1, 2, 3]

@@ -92,6 +92,7 @@ def test_a_resumed_run_goes_on_with_the_same_probe_and_history(watched: Watched,
     assert callback.last.step == STEPS
 
 
+@pytest.mark.slow
 def test_adapters_checkpointing_and_bf16_end_where_they_would(tmp_path: Path) -> None:
     options: dict[str, Any] = {"checkpointing": "not reentrant", "bf16": True}
     callback = monitor(every_n_steps=100)

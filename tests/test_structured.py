@@ -368,7 +368,7 @@ def _by_transforms(case: Drawn, ntk: Callable[[Any], dict[str, Tensor]]) -> list
         return [] if "torch.func refused" in str(refusal) else [{"refused": torch.empty(0)}]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=drawn())
 def test_networks_drawn_at_random_agree_with_autograd(case: Drawn) -> None:
     agree(case)

@@ -165,6 +165,7 @@ def test_a_resumed_run_counts_on_with_the_rates_it_uses(tmp_path: Path) -> None:
     assert used == pytest.approx({0: 0.1, 2: 0.05, 4: 0.025, 5: 0.025, 6: 0.0125})
 
 
+@pytest.mark.slow
 def test_the_clipping_of_every_step_is_recorded(tmp_path: Path) -> None:
     applied: list[float] = []
 

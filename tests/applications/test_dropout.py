@@ -71,7 +71,7 @@ def test_the_table_of_the_textbook_by_hand(keep: float) -> None:
     assert float((torchs - law).norm() / law.norm()) < 0.01
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.8])
+@pytest.mark.parametrize("keep", [0.5, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_a_network_has_the_ratios_of_the_table(keep: float) -> None:
     x = samples()
     found = kernels(network(keep), x, draws=600)

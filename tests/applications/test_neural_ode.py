@@ -181,6 +181,7 @@ def test_a_flow_trains_and_a_field_is_only_read() -> None:
     assert all(p.grad is not None for p in flow.parameters())
 
 
+@pytest.mark.slow
 def test_the_example_says_that_the_formula_for_rest_fails() -> None:
     report = app.example(quick=True)
     assert report.verdicts[0].holds is True

@@ -320,6 +320,7 @@ def test_the_network_is_left_alone() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_example_draws_its_figures() -> None:
     report = example(quick=True)
     assert set(report.figures) == {"projection", "scale", "batch"}

@@ -339,6 +339,7 @@ def test_the_network_is_left_alone() -> None:
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
+@pytest.mark.slow
 def test_the_example_draws_its_figures() -> None:
     report = example(quick=True)
     assert set(report.figures) == {"spectra", "depth", "connections"}
