@@ -83,6 +83,7 @@ class Flow(nn.Module):
     def __init__(self, field: nn.Module, time: float = 1.0, solver: Solver = RK4) -> None:
         super().__init__()
         self.field, self.time, self.solver = field, time, solver
+        self._timed = _takes_time(field)
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the states at the end."""
@@ -103,7 +104,7 @@ class Flow(nn.Module):
         return torch.as_tensor(path[-1])
 
     def _velocity(self, t: Tensor, y: Tensor) -> Tensor:
-        return only_tensor(self.field(t, y) if _takes_time(self.field) else self.field(y))
+        return only_tensor(self.field(t, y) if self._timed else self.field(y))
 
 
 def copied(field: nn.Module) -> nn.Module:

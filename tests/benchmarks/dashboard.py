@@ -2,10 +2,10 @@
 
 `python -m tests.benchmarks.dashboard [--turns K] [--keep FOLDER]`
 
-Three runs of 1000 probes with N·C = 640 modes: from the load of the tab's frame until everything in view is drawn, and
-from a move of the slider until everything in view is drawn again, at the top of the page and at its other groups. A run
-of 10 000 probes: the same from the load. A logdir of 400 runs: TensorBoard's own start with the tab over without it.
-Needs Chromium and its driver.
+Three runs of 1000 probes with N·C = 640 modes: from the load of the tab's frame until its first words are painted and
+until everything in view is drawn, and from a move of the slider until everything in view is drawn again, at the top of
+the page and at its other groups. A run of 10 000 probes: the same from the load. A logdir of 400 runs: TensorBoard's own
+start with the tab over without it. Needs Chromium and its driver.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tests.benchmarks import long_runs
 GOALS = {
     "first paint of 3 runs x 1000 probes": 1.5,
     "slider move on 3 runs x 1000 probes": 0.4,
-    "first paint of a run of 10 000 probes": 3.0,
+    "everything in view of a run of 10 000 probes": 3.0,
     "start on 400 runs, with the tab / without": 1.1,
 }
 """Seconds, or a ratio, that the median should stay below on a quiet machine of two cores."""
@@ -56,6 +56,10 @@ class Watched:
         self.tab.open()
         self.tab.settle()
         return self._last() / 1000
+
+    def painted(self) -> float:
+        """Return the seconds from the load of the tab's frame until its first words were on the screen."""
+        return float(self.tab.read("performance.getEntriesByName('first-contentful-paint')[0].startTime")) / 1000
 
     def moved(self, places: int) -> list[float]:
         """Move the slider to as many places and return the seconds until everything in view was drawn again."""
@@ -102,7 +106,8 @@ def three_runs(folder: Path, turns: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for _ in range(turns):
         with watched(folder, 3) as page:
-            found.setdefault("first paint of 3 runs x 1000 probes", []).append(page.opened())
+            found.setdefault("everything in view of 3 runs x 1000 probes", []).append(page.opened())
+            found.setdefault("first paint of 3 runs x 1000 probes", []).append(page.painted())
             found.setdefault("slider move on 3 runs x 1000 probes", []).extend(page.moved(12))
             for group in page.tab.all("section.group"):
                 name = group.get_attribute("id")
@@ -117,8 +122,9 @@ def many_probes(folder: Path, turns: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for _ in range(turns):
         with watched(folder, 1) as page:
-            found.setdefault("first paint of a run of 10 000 probes", []).append(page.opened())
-            found.setdefault("first paint again, with all of it read", []).append(page.opened())
+            found.setdefault("everything in view of a run of 10 000 probes", []).append(page.opened())
+            found.setdefault("first paint of a run of 10 000 probes", []).append(page.painted())
+            found.setdefault("everything in view again, with all of it read", []).append(page.opened())
             found.setdefault("slider move on 10 000 probes", []).extend(page.moved(6))
     return found
 
@@ -136,7 +142,7 @@ def many_runs(folder: Path, turns: int) -> dict[str, list[float]]:
         for kind, value in seconds.items():
             found.setdefault(f"start on 400 runs, {kind} the tab", []).append(value)
     with watched(folder, RUNS) as page:
-        found["first paint of one run of 400"] = [page.opened()]
+        found["everything in view of one run of 400"] = [page.opened()]
     return found
 
 

@@ -168,20 +168,30 @@ function nothing(runs, focus, manifest) {
   return null;
 }
 
+/** Resolves after the next picture on the screen; soon, where nothing is shown. */
+function painted() {
+  return new Promise((resolve) => {
+    requestAnimationFrame(() => setTimeout(resolve));
+    setTimeout(resolve, SOON / 10);
+  });
+}
+
 export async function start(body) {
   document.head.append(h("link", { rel: "stylesheet", href: address("static/page.css") }));
   document.documentElement.lang = "en";
   const page = new Page();
   document.documentElement.dataset.theme = page.theme;
-  // Words and numbers do not wait for what draws figures.
-  page.plotly = script(address("plotly.js"));
-  page.plotly.catch(() => {});
+  // Running plotly.js keeps the browser busy for a second: it comes early, and runs once all questions are asked.
+  const figures = address("plotly.js");
+  document.head.append(h("link", { rel: "preload", as: "script", href: figures }));
   try {
     await page.load();
   } catch (error) {
     body.append(h("p", { className: "failed", textContent: error.message }));
     return;
   }
+  page.plotly = painted().then(() => script(figures));
+  page.plotly.catch(() => {});
   page.build(body);
   page.draw();
   page.state.on(async (changed) => {
