@@ -4,8 +4,8 @@
 
 Three runs of 1000 probes with N·C = 640 modes: from the load of the tab's frame until its first words are painted and
 until everything in view is drawn, and from a move of the slider until everything in view is drawn again, at the top of
-the page and at its other groups. A run of 10 000 probes: the same from the load. A logdir of 400 runs: TensorBoard's own
-start with the tab over without it. Needs Chromium and its driver.
+the page and at its other groups. A run of 10 000 probes: the same from the load. A logdir of 400 runs: the start of
+TensorBoard with the tab over without it. Needs Chromium and its driver.
 """
 
 import argparse
