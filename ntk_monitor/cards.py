@@ -108,11 +108,11 @@ def _rate(shown: Sequence[Snapshot], looked: Sequence[Snapshot]) -> Iterator[Car
 
 
 def _reach(measured: Sequence[Snapshot]) -> Iterator[Card]:
-    found = [s for s in measured if reach_energy(s)]
-    if not found:
-        return
     # With hardly any steps to go nothing is in reach, which says nothing of the run.
-    at = ([s for s in found if remaining_steps(s) >= _TO_GO * s.facts.get("total_steps", math.inf)] or found)[-1]
+    early = (s for s in reversed(measured) if remaining_steps(s) >= _TO_GO * s.facts.get("total_steps", math.inf))
+    at = next((s for s in (*early, *reversed(measured)) if reach_energy(s)), None)
+    if at is None:
+        return
     energy, left = reach_energy(at), remaining_steps(at)
     fast, within, late, noise = (energy[name] for name in REACH)
     words = (
