@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest --jaxtyping-packages=ntk_monitor,tests.typeche
 PARALLEL := -n logical --dist worksteal
 COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
-.PHONY: help demo test test-all check format bench gpu clean
+.PHONY: help demo test test-all browser check format bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +28,9 @@ test: $(STAMP) ## what CI runs: quick tests and coverage
 
 test-all: $(STAMP) ## every test that needs no accelerator
 	$(PYTEST) $(PARALLEL) -m "not gpu" $(COVERAGE)
+
+browser: ## install the browser that tests of the NTK tab drive (Debian, as root); without it they are skipped
+	apt-get update -qq && apt-get install -qq -y chromium chromium-driver
 
 check: $(STAMP) ## formatting, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
