@@ -76,6 +76,7 @@ def test_the_manifest_says_what_can_be_chosen(tab: Tab) -> None:
     found = tab.json("manifest", run="one")
     assert found["steps"] == [k * EVERY for k in range(12)]
     assert found["launches"] == found["steps"]
+    assert found["launch"] == 9 * EVERY  # the last with a quarter of the 300 steps to go
     assert (found["samples"], found["outputs"], found["modes"], found["total_steps"]) == (64, 3, 10, 300)
     assert "K = J J^T" in found["kernel"]
     assert (found["error"], found["light_steps"]) == (None, [])

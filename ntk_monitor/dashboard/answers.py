@@ -14,6 +14,7 @@ from ntk_monitor.dashboard.source import Asked
 from ntk_monitor.dashboard.store import Store, nearest
 from ntk_monitor.errors import HistoryError, InputError
 from ntk_monitor.figures.abscissa import Unit, abscissa
+from ntk_monitor.figures.launch import launched
 from ntk_monitor.figures.style import kernel_words
 from ntk_monitor.health import findings
 from ntk_monitor.history import History
@@ -151,11 +152,13 @@ def manifest(history: History, unit: str = "step") -> dict[str, Any]:
     """Return what the controls of the page need: steps, axes, names; the axis of times only if that is the unit."""
     measured = history.measured
     last = measured[-1] if measured else None
+    launch = launched(history.snapshots, holds="forecast_steps")
     totals = [total for s in history.snapshots if math.isfinite(total := s.facts.get("total_steps", math.nan))]
     return {
         "steps": [s.step for s in measured],
         "light_steps": [s.step for s in history.light],
         "launches": [s.step for s in measured if s.forecast_steps.size],
+        "launch": launch.step if launch else None,
         "epochs": _places(history, "epoch"),
         # Learning rates of all steps are only read for those who look at them.
         "times": _places(history, "time") if unit == "time" else None,

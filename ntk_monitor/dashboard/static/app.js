@@ -44,10 +44,7 @@ class Page {
     const steps = manifest?.launches ?? [];
     const all = manifest?.steps ?? [];
     const axis = { step: all, epoch: manifest?.epochs ?? [], time: manifest?.times ?? [] }[state.unit] ?? all;
-    // As figures choose: the latest forecast with two probes behind it and a quarter of the run to go, else without.
-    const judged = steps.filter((step) => step < (all.at(-2) ?? -1));
-    const early = judged.filter((step) => step <= 0.75 * (manifest?.total_steps ?? all.at(-1)));
-    const chosen = state.launch === null ? early.at(-1) ?? judged.at(-1) ?? steps.at(-1) : steps[nearest(steps, state.launch)];
+    const chosen = state.launch === null ? manifest?.launch : steps[nearest(steps, state.launch)];
     return { steps, xs: steps.map((step) => axis[all.indexOf(step)] ?? null), launch: chosen ?? null };
   }
 
