@@ -226,6 +226,13 @@ def _joined(p: Program) -> None:
     p.add("joined", (p.shape[0] * p.shape[1],), lambda h: h.flatten(1))
 
 
+def _shortened(p: Program) -> None:
+    """Nothing flows back to the positions left out, as behind a class token or the last token of a text."""
+    start = p.draw(*range(p.shape[0]))
+    stop = p.draw(*range(start + 1, p.shape[0] + 1))
+    p.add(f"{start}:{stop}", (stop - start, *p.shape[1:]), lambda h: h[:, start:stop])
+
+
 def _averaged(p: Program) -> None:
     p.add("averaged", p.shape[1:], lambda h: h.mean(1))
 
@@ -277,7 +284,7 @@ def _patches(p: Program) -> None:
 ANYWHERE = (_elementwise, _elementwise, _residual, _again, _relu, _tanh, _batch_reversed, _twice_as_many)
 VECTORS = (_linear, _tied, _layer_norm, _into_sequence)
 SEQUENCES = (_linear, _tied, _layer_norm, _transposed, _sequence_first, _attention, _mixed, _series, _joined,
-             _averaged, _prepended)  # fmt: skip
+             _averaged, _shortened, _prepended)  # fmt: skip
 IMAGES = (_convolution, _convolution, _convolution, _upward, _norm_of_images, _slopes, _patches)
 
 
@@ -663,3 +670,34 @@ def test_outputs_may_reach_different_uses_of_a_weight(
     x = torch.randn(5, positions, 4, dtype=torch.float64)
     same_as_rows(nn.Linear(4, 4).double(), x, forward=forward)
     same_as_rows(nn.Linear(4, 4).double(), x, x[:3] + 1, forward=forward)
+
+
+class Read(nn.Module):
+    """A transformer block that is read at these positions."""
+
+    def __init__(self, at: slice) -> None:
+        super().__init__()
+        self.at = at
+        self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x)[:, self.at].sum(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("at", "way"),
+    [
+        (slice(0, 1), "hadamard"),
+        (slice(-1, None), "hadamard"),
+        (slice(2, 4), "per position"),
+        (slice(0, 7, 3), "per position"),
+    ],
+)
+def test_positions_that_no_gradient_reaches_are_left_out(at: slice, way: str) -> None:
+    model, x = Read(at).double(), torch.randn(5, 7, 4, dtype=torch.float64)
+    same_as_rows(model, x)
+    same_as_rows(model, x, x[:3] + 1)
+    routes = {line.parameter: line.route for line in measured(model, x, outputs="trace", engine="structured").lines}
+    assert (routes["block.linear1.weight"] == "hadamard") == (way == "hadamard")
+    assert routes["block.self_attn.in_proj_weight"] != "hadamard"

@@ -117,7 +117,7 @@ class _Job:
         self._grams: dict[str, Gram] = {}
         self._routes: dict[str, str] = {}
         self._made: dict[Any, dict[int, Tensor]] = {}
-        self._waiting: dict[Any, list[Any]] = {}
+        self._waiting: dict[Any, _Waiting] = {}
         self._keeps: dict[int, bool] = {}
         self._promised: dict[int, int] = {}
 
@@ -186,9 +186,10 @@ class _Job:
         single = left.sizes[1] == 1 and (right is None or right.sizes[1] == 1)
         held = left.sizes[0] * left.channels * self._outputs * left.inputs().element_size() if single else math.inf
         if self._layout == "trace" and len(classes) < self._outputs and held <= _HELD_BYTES and not self._scale:
-            waiting = self._waiting.setdefault((unit.parameter, left.uses), [])
-            gradient = left.gradient(), None if right is None else right.gradient()
-            waiting.append((unit, left, right, gradient))
+            key = (unit.parameter, left.uses)
+            if key not in self._waiting:
+                self._waiting[key] = _Waiting(unit, left, right, self._outputs)
+            self._waiting[key].hold(left, right, classes.start)
             return
         self._contract(unit, left, right, slice(classes.start, classes.stop))
 
@@ -210,13 +211,7 @@ class _Job:
     def _finish(self) -> None:
         """Contract what waited for the gradients of all outputs."""
         for waiting in self._waiting.values():
-            unit, left, right, _ = waiting[0]
-            joined = torch.cat([gradients[0] for *_, gradients in waiting], 1)
-            left = replace(left, classes=len(waiting), gradient=lambda joined=joined: joined)
-            if right is not None:
-                other = torch.cat([g for *_, (_, g) in waiting if g is not None], 1)
-                right = replace(right, classes=len(waiting), gradient=lambda other=other: other)
-            self._contract(unit, left, right, slice(0, self._outputs))
+            self._contract(waiting.unit, *waiting.joined(), slice(0, self._outputs))
         self._waiting.clear()
 
     def _weight(self, unit: Unit) -> Tensor | None:
@@ -335,6 +330,33 @@ class _Job:
                 if g is not None:
                     found[n, i] = g.to_dense().flatten()
         return found
+
+
+class _Waiting:
+    """Gradients of a layer with one position per sample, side by side for all outputs.
+
+    They are copies, so that nothing else of a backward pass stays in memory.
+    """
+
+    def __init__(self, unit: Unit, left: Factors, right: Factors | None, outputs: int) -> None:
+        self.unit = unit
+        self._factors = [f for f in (left, right) if f is not None]
+        self._gradients = [f.inputs().new_empty(f.sizes[0], outputs, 1, f.channels) for f in self._factors]
+
+    def hold(self, left: Factors, right: Factors | None, c: int) -> None:
+        """Copy the gradients of output c."""
+        for kept, factors in zip(self._gradients, [left, right], strict=False):
+            assert factors is not None
+            kept[:, c : c + 1] = factors.gradient()
+
+    def joined(self) -> tuple[Factors, Factors | None]:
+        """Return both sides with the gradients of all outputs; right is None where it was."""
+        left, *right = map(_with_gradients, self._factors, self._gradients)
+        return left, right[0] if right else None
+
+
+def _with_gradients(factors: Factors, g: Tensor) -> Factors:
+    return replace(factors, classes=g.shape[1], gradient=lambda: g)
 
 
 def _trace(operation: Operation) -> tuple[Any, ...]:

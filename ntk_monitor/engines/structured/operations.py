@@ -119,6 +119,21 @@ class Matrix(Operation):
         super().__init__(name, sources, [out], kept)
         self._activations, self._matrix, self._back, self._turned = activations, matrix, back, turned
         self.groups, self._weight, self._shifts, self._places = groups, weight, shifts, places
+        self._reached = slice(None)
+
+    def narrowed(self, g: Tensor) -> None:
+        """Leave out positions at both ends that no gradient reaches: all but one behind a class token or a last token.
+
+        `g` (*shape): gradient for a combination of all outputs, so that what it does not reach, no output does.
+        """
+        if not self._weight or self._shifts is not None or self.sizes()[1] == 1:
+            return
+        found = self.gradient(g[None])[:, 0]  # (N, T, R)
+        if bool(found[:, 0].any()) and bool(found[:, -1].any()):
+            return
+        places = found.ne(0).any(2).any(0).nonzero()[:, 0].tolist()
+        if places:
+            self._reached = slice(places[0], places[-1] + 1)
 
     def is_weight(self, index: int) -> bool:
         """True for the matrix, False for the bias."""
@@ -129,10 +144,10 @@ class Matrix(Operation):
         a = self._activations()
         layout = self.outs[0].layout
         assert layout is not None
-        return layout.arranged(a, 0, a.dim() - 1)
+        return layout.arranged(a, 0, a.dim() - 1)[:, self._reached]
 
     def sizes(self) -> tuple[int, int, int, int]:
-        """Return N, T, Q, R."""
+        """Return N, T (positions that gradients reach), Q, R."""
         out, value = self.outs[0], self.sources[0].value.detach()
         assert out.layout is not None
         r, q = self._matrix(value).shape
@@ -141,7 +156,7 @@ class Matrix(Operation):
         )
         n = out.layout.count
         t = out.layout.index.shape[1] if isinstance(out.layout, Owners) else math.prod(places) // n
-        return n, t, q, r
+        return n, len(range(t)[self._reached]), q, r
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,10 +174,10 @@ class Matrix(Operation):
         """Return G (N, C, T, R)."""
         out = self.outs[0]
         if self._turned is None:
-            return out.arranged(g)
+            return out.arranged(g)[:, :, self._reached]
         turned = self._turned(g)
         assert out.layout is not None
-        return out.layout.arranged(turned, 1, turned.dim() - 2)
+        return out.layout.arranged(turned, 1, turned.dim() - 2)[:, :, self._reached]
 
     def matrix(self, index: int, value: Tensor) -> Tensor:
         """Return (R, Q)."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ntk_monitor.batch import Batch, size, tensors
 from ntk_monitor.engines.contract import Layout
 from ntk_monitor.engines.structured import samples
-from ntk_monitor.engines.structured.operations import Value
+from ntk_monitor.engines.structured.operations import Matrix, Value
 from ntk_monitor.engines.structured.otherwise import otherwise
 from ntk_monitor.engines.structured.rules import RULES
 from ntk_monitor.engines.structured.tap import Operation, Tap, UnfollowedError, reached
@@ -130,6 +130,8 @@ def _lay_out(side: Side, u: Tensor, first: list[list[Tensor | None]]) -> None:
                 name = ", ".join(dict.fromkeys(p for s in operation.sources for p in s.parameters))
                 kind = SharedValueError if isinstance(operation, Value) else CoupledError
                 raise kind(f"samples of the batch depend on each other in {operation.name} ({name})")
+            if isinstance(operation, Matrix):
+                operation.narrowed(a)
         second[k] = []
 
 
