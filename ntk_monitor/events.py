@@ -10,7 +10,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -35,13 +35,14 @@ RECORD = "record"
 
 Array = NDArray[Any]
 
-_DTYPES: dict[int, np.dtype[Any]] = {
+DTYPES: dict[int, np.dtype[Any]] = {
     DT_FLOAT: np.dtype("<f4"),
     DT_DOUBLE: np.dtype("<f8"),
     DT_INT32: np.dtype("<i4"),
     DT_INT64: np.dtype("<i8"),
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+"""How the content of a tensor that is no blob is read, by its dtype."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _FIELDS = {field.name: field for field in fields(Snapshot) if field.name not in ARRAYS}
 _PARSED = {
     name: field.type for name, field in _FIELDS.items() if field.type in (float, tuple[str, ...], dict[str, float])
@@ -144,8 +145,53 @@ def contents(record: str | bytes) -> dict[str, Any]:
     Raises:
         HistoryError, DamagedRecordError: see `assemble`.
     """
+    raw = loaded(record)
+    return {name: field_of(raw, name) for name in _FIELDS if name in raw}
+
+
+def loaded(record: str | bytes) -> dict[str, Any]:
+    """Return the JSON object of a record, whose fields `field_of` reads.
+
+    Raises:
+        HistoryError, DamagedRecordError: see `assemble`.
+    """
     try:
-        raw: dict[str, Any] = json.loads(record)
+        raw = json.loads(record)
+    except ValueError as error:
+        raise DamagedRecordError(f"a probe's record is not the JSON object it should be ({error!r})") from error
+    checked: dict[str, Any] = _checked(raw)
+    return checked
+
+
+def all_loaded(records: Sequence[bytes]) -> list[dict[str, Any] | HistoryError]:
+    """Return the same of many records, with the error in the place of what cannot be read.
+
+    All of them are one text to the parser, which takes two thirds of the time of as many texts.
+    """
+    try:
+        found = json.loads(b"[%s]" % b",".join(records))
+    except ValueError:
+        found = []
+    # A damaged one may end in its neighbour.
+    whole = len(found) == len(records)
+    return [_or_error(_checked, raw) for raw in found] if whole else [_or_error(loaded, record) for record in records]
+
+
+def field_of(raw: Mapping[str, Any], name: str) -> Any:
+    """Return a field of the Snapshot out of the JSON object of its record."""
+    return _parsed(raw[name], _PARSED[name]) if name in _PARSED else raw[name]
+
+
+def _or_error(read: Callable[[Any], Any], record: Any) -> dict[str, Any] | HistoryError:
+    try:
+        found: dict[str, Any] = read(record)
+        return found
+    except HistoryError as error:
+        return error
+
+
+def _checked(raw: Any) -> Any:
+    try:
         schema = int(raw["schema"])
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedRecordError(f"a probe's record is not the JSON object it should be ({error!r})") from error
@@ -157,8 +203,7 @@ def contents(record: str | bytes) -> dict[str, Any]:
     absent = [name for name in _REQUIRED if name not in raw]
     if absent:
         raise DamagedRecordError(f"a probe's record lacks {', '.join(absent)}")
-    known = {name: raw[name] for name in _FIELDS if name in raw}
-    return known | {name: _parsed(known[name], kind) for name, kind in _PARSED.items() if name in known}
+    return raw
 
 
 def unpack(tensor: TensorProto) -> Array:
@@ -172,7 +217,7 @@ def unpack(tensor: TensorProto) -> Array:
             array: Array = np.load(io.BytesIO(tensor.string_val[0]), allow_pickle=False)
         else:
             shape = [dim.size for dim in tensor.tensor_shape.dim]
-            array = np.frombuffer(tensor.tensor_content, _DTYPES[tensor.dtype]).reshape(shape)
+            array = np.frombuffer(tensor.tensor_content, DTYPES[tensor.dtype]).reshape(shape)
     except (KeyError, IndexError, ValueError, EOFError) as error:
         raise DamagedRecordError(f"an array of a probe cannot be taken apart ({error!r})") from error
     return array.astype(np.float64) if array.dtype.kind == "f" else array
@@ -239,5 +284,7 @@ def _parsed(value: Any, kind: Any) -> Any:
         return tuple(value)
     if kind == dict[str, float]:
         # Most are numbers already, and a long run has a million of them.
+        if set(map(type, value.values())) <= {float}:
+            return value
         return {key: item if type(item) is float else _parsed(item, float) for key, item in value.items()}
     return value

@@ -83,7 +83,7 @@ def _rates(runs: Runs, view: View) -> Figure:
     probes = _first(runs)
     steps, rates = recorded_rates(probes)
     at = abscissa(probes, view.unit)
-    return figures.learning_rates(steps.tolist(), rates.tolist(), probes[-1].step if probes else 0, at)
+    return figures.learning_rates(steps, rates, probes[-1].step if probes else 0, at)
 
 
 def _decay(runs: Runs, view: View) -> Figure:

@@ -17,8 +17,8 @@ from tensorboard.context import RequestContext
 from ntk_monitor.cards import cards
 from ntk_monitor.dashboard import payload
 from ntk_monitor.dashboard.answers import BLOBS
+from ntk_monitor.dashboard.bulk import Asked
 from ntk_monitor.dashboard.pictures import png
-from ntk_monitor.dashboard.source import Asked
 from ntk_monitor.dashboard.store import Store
 from ntk_monitor.health import findings
 from ntk_monitor.history import load_history

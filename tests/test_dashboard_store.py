@@ -15,7 +15,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.context import RequestContext
 
-from ntk_monitor.dashboard.source import Asked
+from ntk_monitor.dashboard.bulk import Asked
 from ntk_monitor.dashboard.store import Store
 from ntk_monitor.errors import HistoryError
 from ntk_monitor.events import event

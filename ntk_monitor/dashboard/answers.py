@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from ntk_monitor.cards import cards
 from ntk_monitor.dashboard import drill, payload
+from ntk_monitor.dashboard.bulk import Asked
 from ntk_monitor.dashboard.query import Query
-from ntk_monitor.dashboard.source import Asked
 from ntk_monitor.dashboard.store import Store, nearest
 from ntk_monitor.errors import HistoryError, InputError
 from ntk_monitor.figures.abscissa import Unit, abscissa

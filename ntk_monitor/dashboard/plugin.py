@@ -12,9 +12,9 @@ from tensorboard.plugin_util import context, experiment_id
 from tensorboard.plugins.base_plugin import FrontendMetadata, TBContext, TBPlugin
 from werkzeug import wrappers
 
-from ntk_monitor.dashboard import files, payload
+from ntk_monitor.dashboard import collector, files, payload
+from ntk_monitor.dashboard.bulk import Asked
 from ntk_monitor.dashboard.query import Query
-from ntk_monitor.dashboard.source import Asked
 from ntk_monitor.errors import HistoryError, InputError
 
 App: TypeAlias = Callable[..., Any]
@@ -75,8 +75,10 @@ class NTKPlugin(TBPlugin):  # type: ignore[misc]  # tensorboard has no types
     def _question(self, name: str) -> Callable[[wrappers.Request], Any]:
         def answered(request: wrappers.Request) -> Any:
             asked = Asked(context(request.environ), experiment_id(request.environ))
-            answer = self._answers()[name](asked, Query(request.args))
-            return Respond(request, answer if isinstance(answer, str) else payload.text(answer), _JSON)
+            with collector.paused():
+                answer = self._answers()[name](asked, Query(request.args))
+                written = answer if isinstance(answer, str) else payload.text(answer)
+            return Respond(request, written, _JSON)
 
         return answered
 

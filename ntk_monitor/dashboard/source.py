@@ -2,47 +2,27 @@
 
 All values of a probe were written in one Event, so they share step and wall time. A value belongs to a record only if
 both agree: after resuming, arrays of a probe that was replaced may still be there under the same step.
+
+Every probe has a row, in the order in which probes were first seen, and a series is a column over the rows: what a
+figure of ten thousand probes asks for is found by place.
 """
 
 import io
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tensorboard.context import RequestContext
-from tensorboard.data.provider import DataProvider, RunTagFilter, TensorDatum
+from tensorboard.data.provider import DataProvider, RunTagFilter
 
+from ntk_monitor.dashboard import bulk
+from ntk_monitor.dashboard.bulk import ALL, NOTHING, Array, Asked, Key
 from ntk_monitor.errors import HistoryError
 from ntk_monitor.events import PLUGIN, RECORD, tag
 from ntk_monitor.snapshot import ARRAYS
 
-Key: TypeAlias = tuple[int, float]
-"""Optimizer step and wall time, which name a probe."""
-Array: TypeAlias = NDArray[Any]
-
-ALL = 10**9
-"""More steps than any run has: the data server is asked for all of them."""
-NOTHING: Array = np.empty(0)
 _HELD = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Who asks: what a data server needs to know of a request."""
-
-    context: RequestContext
-    experiment: str
-
-
-@dataclass(slots=True)
-class _Series:
-    """Values by probe, as they stood at one version of the run."""
-
-    version: str
-    values: Mapping[Key, Any] = field(default_factory=dict)
 
 
 class Source:
@@ -52,11 +32,14 @@ class Source:
         self.run, self.prefix = run, prefix
         self.blobs: tuple[str, ...] = ()
         """The blobs that the run holds anywhere."""
+        self.columns: dict[str, list[Array]] = {}
+        """What has been read of arrays that are no blobs, by row; see `column`."""
         self._version = ""
         self._provider = provider
         self._asked = Asked(RequestContext(), "")
         self._lock = threading.RLock()
-        self._series: dict[str, _Series] = {}
+        self._rows: dict[Key, int] = {}
+        self._references: dict[str, tuple[str, Mapping[Key, str]]] = {}
         self._held: dict[tuple[str, Key], Array] = {}
 
     def refresh(self, asked: Asked) -> str:
@@ -76,25 +59,46 @@ class Source:
                 self._version, self.blobs = version, self._present()
         return version
 
-    def records(self) -> list[TensorDatum]:
-        """Return the record of every probe, in the order of writing."""
+    def records(self) -> list[tuple[Key, bytes]]:
+        """Return the record of every probe, in the order of writing; empty where a value is no text."""
         with self._lock:
-            return sorted(self._tensors(RECORD), key=lambda datum: datum.wall_time)
+            found = [(key, bulk.text(value)) for key, value in self._series(RECORD)]
+            return sorted(found, key=lambda record: record[0][1])
 
-    def array(self, name: str, key: Key) -> Array:
-        """Return an array of a probe, floating point widened to float64; empty where it has none."""
-        series = self._series.get(name)
-        found = None if series is None else series.values.get(key)
-        # What is there does not change; only what is missing may have come meanwhile.
-        return _wide(self._current(name, key).get(key, NOTHING) if found is None else found)
+    def row(self, key: Key) -> int:
+        """Return the row of a probe, the next one where it is new."""
+        with self._lock:
+            return self._rows.setdefault(key, len(self._rows))
+
+    def column(self, name: str) -> list[Array]:
+        """Return an array of every probe by row, as it was stored; empty where a probe has none.
+
+        What has been read is not taken apart again when probes have come; theirs are appended.
+        """
+        with self._lock:
+            column = self.columns.get(name, [])
+            if len(column) < len(self._rows):
+                column = column + [NOTHING] * (len(self._rows) - len(column))
+                rows = self._rows
+                found = [
+                    (row, value)
+                    for key, value in self._series(name)
+                    if (row := rows.get(key)) is not None and not column[row].size
+                ]
+                dimensions = len(ARRAYS[name].dims)
+                for (row, _), array in zip(found, bulk.arrays([value for _, value in found]), strict=True):
+                    if _sound(array, dimensions):
+                        column[row] = array
+                self.columns[name] = column
+            return column
 
     def stored(self, name: str) -> Iterable[Key]:
         """Return the probes that hold a blob; only its keys are read."""
-        return self._current(name, None)
+        return self._current(name)
 
     def blob(self, name: str, key: Key) -> Array:
         """Return a blob of a probe, floating point widened to float64; empty where it has none or cannot be read."""
-        reference = self._current(name, key).get(key)
+        reference = self._current(name).get(key)
         if reference is None:
             return NOTHING
         with self._lock:
@@ -105,40 +109,28 @@ class Source:
                 self._held[name, key] = _array(content, len(ARRAYS[name].dims))
             return self._held[name, key]
 
-    def _current(self, name: str, key: Key | None) -> Mapping[Key, Any]:
-        """Return a series, read again if the run has grown since and the probe (None: any) may be among the new."""
+    def _current(self, name: str) -> Mapping[Key, str]:
+        """Return where the blobs of a name are, asked again if the run has grown since."""
         with self._lock:
-            series = self._series.get(name)
-            if series is None or (series.version != self._version and (key is None or key not in series.values)):
-                read = self._references if ARRAYS[name].blob else self._arrays
-                series = self._series[name] = _Series(self._version, read(name))
-            return series.values
+            version, found = self._references.get(name, (None, {}))
+            if version != self._version:
+                version, found = self._references[name] = self._version, self._keys(name)
+            return found
 
     def _present(self) -> tuple[str, ...]:
         chosen = self._chosen(self._asked, *(name for name, stored in ARRAYS.items() if stored.blob))
         found = self._provider.list_blob_sequences(self._asked.context, **chosen).get(self.run, {})
         return tuple(name for name in ARRAYS if tag(name, self.prefix) in found)
 
-    def _arrays(self, name: str) -> dict[Key, Array]:
-        dimensions = len(ARRAYS[name].dims)
-        found = ((datum.step, datum.wall_time, datum.numpy) for datum in self._tensors(name))
-        return {(step, time): array for step, time, array in found if _sound(array, dimensions)}
-
-    def _references(self, name: str) -> dict[Key, str]:
+    def _keys(self, name: str) -> dict[Key, str]:
         found = self._provider.read_blob_sequences(
             self._asked.context, downsample=ALL, **self._chosen(self._asked, name)
         ).get(self.run, {})
         series = found.get(tag(name, self.prefix), ())
         return {(datum.step, datum.wall_time): datum.values[0].blob_key for datum in series if datum.values}
 
-    def _tensors(self, name: str) -> list[TensorDatum]:
-        try:
-            found = self._provider.read_tensors(
-                self._asked.context, downsample=ALL, **self._chosen(self._asked, name)
-            ).get(self.run, {})
-        except (TypeError, ValueError):  # bytes that TensorBoard itself cannot take apart cost this series alone
-            return []
-        return list(found.get(tag(name, self.prefix), ()))
+    def _series(self, name: str) -> list[tuple[Key, bulk.Value]]:
+        return bulk.series(self._provider, self._asked, self.run, tag(name, self.prefix))
 
     def _chosen(self, asked: Asked, *names: str) -> dict[str, Any]:
         chosen = RunTagFilter(runs=[self.run], tags=[tag(name, self.prefix) for name in names])
@@ -150,11 +142,12 @@ def _array(content: bytes, dimensions: int) -> Array:
         array: Array = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError):
         return NOTHING
-    return _wide(array) if _sound(array, dimensions) else NOTHING
+    return wide(array) if _sound(array, dimensions) else NOTHING
 
 
-def _wide(array: Array) -> Array:
-    return array.astype(np.float64) if array.dtype.kind == "f" else array
+def wide(array: Array) -> Array:
+    """Return floating point as float64, everything else as it is."""
+    return array.astype(np.float64, copy=False) if array.dtype.kind == "f" else array
 
 
 def _sound(array: Array, dimensions: int) -> bool:

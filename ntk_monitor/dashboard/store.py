@@ -5,13 +5,15 @@ import re
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from tensorboard.data.provider import DataProvider, TensorDatum
+from tensorboard.data.provider import DataProvider
 
+from ntk_monitor.dashboard.bulk import Asked, Key
 from ntk_monitor.dashboard.lazy import LazySnapshot
-from ntk_monitor.dashboard.source import Asked, Source
+from ntk_monitor.dashboard.source import Source
 from ntk_monitor.errors import DamagedRecordError, HistoryError
-from ntk_monitor.events import PLUGIN, RECORD, contents, tag
+from ntk_monitor.events import PLUGIN, RECORD, all_loaded, tag
 from ntk_monitor.history import History
 from ntk_monitor.runs import probe_changes
 
@@ -140,16 +142,17 @@ def _read(source: Source, version: str, before: Reading | None) -> tuple[Reading
     What was read before is not taken apart again.
     """
     known = {probe.key: probe for probe in before.probes} if before else {}
+    records = source.records()
+    fresh = iter(all_loaded([record for key, record in records if key not in known]))
     probes: list[LazySnapshot] = []
     damaged: list[str] = []
     newer: list[str] = []
-    for datum in source.records():
-        try:
-            probes.append(known.get((datum.step, datum.wall_time)) or _probe(source, datum))
-        except DamagedRecordError as error:
-            damaged.append(str(error))
-        except HistoryError as error:
-            newer.append(str(error))
+    for key, _ in records:
+        found = known.get(key) or _probe(source, key, next(fresh))
+        if isinstance(found, LazySnapshot):
+            probes.append(found)
+        else:
+            (damaged if isinstance(found, DamagedRecordError) else newer).append(str(found))
     kept, notes = _stitched(probes)
     if newer:
         notes.append(f"{len(newer)} probes are not shown: {newer[0]}")
@@ -159,14 +162,12 @@ def _read(source: Source, version: str, before: Reading | None) -> tuple[Reading
     return reading, newer[0] if newer and not kept else ""
 
 
-def _probe(source: Source, datum: TensorDatum) -> LazySnapshot:
-    try:
-        fields = contents(datum.numpy.item())
-    except (ValueError, TypeError) as error:
-        raise DamagedRecordError(f"a probe's record is no text ({error})") from error
-    if (fields["step"], fields["wall_time"]) != (datum.step, datum.wall_time):
-        raise DamagedRecordError(f"the record at step {datum.step} speaks of step {fields['step']!r}")
-    return LazySnapshot(source, **fields)
+def _probe(source: Source, key: Key, record: dict[str, Any] | HistoryError) -> LazySnapshot | HistoryError:
+    if isinstance(record, HistoryError):
+        return record
+    if (record["step"], record["wall_time"]) != key:
+        return DamagedRecordError(f"the record at step {key[0]} speaks of step {record['step']!r}")
+    return LazySnapshot(source, source.row(key), record)
 
 
 def _stitched(probes: Iterable[LazySnapshot]) -> tuple[list[LazySnapshot], list[str]]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntk_monitor.figures.style import STEPS
-from ntk_monitor.snapshot import Snapshot
+from ntk_monitor.snapshot import Floats, Snapshot
 
 Unit: TypeAlias = Literal["step", "epoch", "time"]
 Array = NDArray[np.float64]
@@ -82,19 +82,26 @@ def largest_rates(snapshots: Sequence[Snapshot]) -> tuple[Array, Array]:
 
 def recorded_rates(snapshots: Sequence[Snapshot]) -> tuple[Array, Array]:
     """Return steps (k,) at which learning rates changed, and the rates from there on (k, groups), NaN for no group."""
-    held = [s for s in snapshots if s.lr_steps.size and s.lr_values.ndim == 2 and len(s.lr_steps) == len(s.lr_values)]
+    pairs = [(s.lr_steps, s.lr_values) for s in snapshots]
+    held = [(at, rates) for at, rates in pairs if at.size and rates.ndim == 2 and len(at) == len(rates)]
     if not held:
         return np.empty(0), np.empty((0, 1))
-    groups = max(s.lr_values.shape[1] for s in held)
-    steps = np.concatenate([s.lr_steps for s in held]).astype(np.float64)
-    rates = np.full((len(steps), groups), np.nan)
-    end = 0
-    for s in held:
-        start, end = end, end + len(s.lr_values)
-        rates[start:end, : s.lr_values.shape[1]] = s.lr_values
+    groups = max(rates.shape[1] for _, rates in held)
+    steps = np.concatenate([at for at, _ in held]).astype(np.float64)
+    if all(rates.shape[1] == groups for _, rates in held):
+        rates = np.concatenate([rates for _, rates in held]).astype(np.float64)
+    else:
+        rates = np.concatenate([_filled(rates, groups) for _, rates in held])
     # Later records replace earlier ones at the same step; a probe may repeat the rates it started with.
     steps, last = np.unique(steps[::-1], return_index=True)
     rates = rates[::-1][last]
     same = np.isclose(rates[1:], rates[:-1], rtol=0, atol=0, equal_nan=True).all(axis=1)
     new = np.append(True, ~same)
     return steps[new], rates[new]
+
+
+def _filled(rates: Floats, groups: int) -> Array:
+    """Return rates (k, g) with NaN for the groups that are missing, (k, groups)."""
+    filled = np.full((len(rates), groups), np.nan)
+    filled[:, : rates.shape[1]] = rates
+    return filled

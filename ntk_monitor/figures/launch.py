@@ -29,7 +29,9 @@ def launched(snapshots: Sequence[Snapshot], launch: int | None = None, holds: st
     go, without which it says little; else the last that can be judged; else the last.
     """
     probes = measured(snapshots)
-    made = [s for s in probes if s.forecast_steps.size and getattr(s, holds).size]
+    made = [s for s in probes if s.forecast_steps.size]
+    if holds != "forecast_steps":
+        made = [s for s in made if getattr(s, holds).size]
     if not made:
         return None
     if launch is not None:

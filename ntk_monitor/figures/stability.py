@@ -23,7 +23,7 @@ from ntk_monitor.figures.style import (
     value_axis,
     word,
 )
-from ntk_monitor.snapshot import Snapshot
+from ntk_monitor.snapshot import Floats, Snapshot
 
 _GREEN, _AMBER, _RED = "rgba(46, 158, 85, 0.16)", "rgba(224, 161, 0, 0.20)", "rgba(194, 59, 59, 0.16)"
 _TITLE = "Learning rate could be multiplied by"
@@ -118,7 +118,7 @@ def learning_rate_intervals(runs: Mapping[str, Sequence[Snapshot]], unit: Unit =
 
 
 def learning_rates(
-    steps: Sequence[float], values: Sequence[Sequence[float]], end: int, at: Abscissa | None = None
+    steps: Sequence[float] | Floats, values: Sequence[Sequence[float]] | Floats, end: int, at: Abscissa | None = None
 ) -> Figure:
     """Return the learning rate of every parameter group, (change,) and (change, group), until step `end`."""
     title = "Learning rate"

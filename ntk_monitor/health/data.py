@@ -184,8 +184,10 @@ def conflicting_tasks(run: Run, t: Thresholds) -> Sign | None:
     names = run.last.directions
     # Classes compete by construction: softmax pushes down one logit to raise another.
     tasks = [i for i, name in enumerate(names) if not name.lower().startswith("class ")]
+    if len(tasks) < 2:
+        return None
     rows = [s for s in run.measured if s.directions == names and s.interference.shape == (len(names),) * 2][1:]
-    if len(tasks) < 2 or len(rows) < t["probes"]:
+    if len(rows) < t["probes"]:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
         cosines = np.array(

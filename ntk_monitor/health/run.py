@@ -4,10 +4,10 @@ A number that was not recorded, or is NaN, is simply not there: series keep the 
 what it needs finds an empty series and says nothing.
 """
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,11 @@ class Run:
         # Other samples, other numbers: probes with another hash are not comparable.
         self.measured = tuple(s for s in measured if s.probe == measured[-1].probe)
         self.skipped = tuple(snapshot for snapshot in snapshots if snapshot.status == "skipped")
+        # Thirty rules ask for the same numbers of what may be ten thousand probes.
+        self._steps = np.array([snapshot.step for snapshot in self.measured], dtype=np.int64)
+        self._facts = [snapshot.facts for snapshot in self.measured]
+        self._metrics = [snapshot.metrics for snapshot in self.measured]
+        self._known: dict[tuple[str, str], Series] = {}
 
     @property
     def first(self) -> Snapshot:
@@ -66,23 +71,30 @@ class Run:
 
     def series(self, read: Callable[[Snapshot], float]) -> Series:
         """Return a number of each probe where it is finite."""
-        values = np.array([read(snapshot) for snapshot in self.measured], dtype=np.float64)
-        steps = np.array([snapshot.step for snapshot in self.measured], dtype=np.int64)
-        kept = np.isfinite(values)
-        return Series(steps[kept], values[kept])
+        return self._finite([read(snapshot) for snapshot in self.measured])
 
     def fact(self, name: str) -> Series:
         """Return a number of `Snapshot.facts`."""
-        return self.series(lambda snapshot: snapshot.facts.get(name, np.nan))
+        return self._named("facts", name, self._facts)
 
     def metric(self, name: str) -> Series:
         """Return a number of `Snapshot.metrics`."""
-        return self.series(lambda snapshot: snapshot.metrics.get(name, np.nan))
+        return self._named("metrics", name, self._metrics)
 
     def latest(self, name: str) -> float:
         """Return the last finite value of a fact, or NaN."""
-        found = self.fact(name).values
-        return float(found[-1]) if len(found) else float("nan")
+        found = (float(facts[name]) for facts in reversed(self._facts) if name in facts)
+        return next((value for value in found if np.isfinite(value)), float("nan"))
+
+    def _named(self, kind: str, name: str, numbers: Sequence[Mapping[str, float]]) -> Series:
+        if (kind, name) not in self._known:
+            self._known[kind, name] = self._finite([one.get(name, np.nan) for one in numbers])
+        return self._known[kind, name]
+
+    def _finite(self, numbers: Sequence[float]) -> Series:
+        values = np.array(numbers, dtype=np.float64)
+        kept = np.isfinite(values)
+        return Series(self._steps[kept], values[kept])
 
     def text(self, name: str) -> str:
         """Return the last non-empty text of this name."""
@@ -123,8 +135,9 @@ class Run:
             s.step
             for s in self.snapshots
             if (s.status == "skipped" and _NOT_FINITE.search(s.reason))
-            or np.isinf(s.loss_value)
-            or not np.isfinite(s.predictions).all()
+            or math.isinf(s.loss_value)
+            # A finite root mean square says it of all outputs, which are a large array, before they are read.
+            or not (math.isfinite(s.facts.get("output_rms", math.nan)) or np.isfinite(s.predictions).all())
         )
 
     def progress(self) -> float:
@@ -139,7 +152,7 @@ class Run:
 
     def named(self, name: str) -> frozenset[str]:
         """Return the layers or parameters that a text of this name lists at any probe."""
-        texts = (snapshot.texts.get(name, "") for snapshot in self.measured)
+        texts = {snapshot.texts.get(name, "") for snapshot in self.measured}
         return frozenset(word for text in texts for word in re.split(r"[,;:\s]+", text) if word)
 
     def layers(self, name: str, since: int = 0) -> tuple[tuple[str, ...], NDArray[np.int64], Array]:
@@ -148,12 +161,11 @@ class Run:
         Probes whose layers differ from the last one's are left out.
         """
         layers = self.last.layers
-        rows: list[tuple[int, Floats]] = []
-        for snapshot in self.measured:
-            values: Floats = getattr(snapshot, name)
-            fits = snapshot.layers == layers and values.shape == (len(layers),) and len(layers) > 0
-            if fits and snapshot.step >= since and np.isfinite(values).all():
-                rows.append((snapshot.step, values))
-        table: Any = [values for _, values in rows]
+        shape = (len(layers),)
+        alike = [s for s in self.measured if s.step >= since and s.layers == layers] if layers else []
+        rows: list[tuple[int, Floats]] = [(s.step, getattr(s, name)) for s in alike]
+        rows = [(step, values) for step, values in rows if values.shape == shape]
         steps = np.array([step for step, _ in rows], dtype=np.int64)
-        return layers, steps, np.array(table, dtype=np.float64).reshape(len(rows), len(layers))
+        table = np.array([values for _, values in rows], dtype=np.float64).reshape(len(rows), len(layers))
+        kept = np.isfinite(table).all(axis=1)
+        return layers, steps[kept], table[kept]
