@@ -6,6 +6,7 @@ A light is lit only where a bound or a baseline says what is good, else it is "n
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, TypeAlias
 
 from ntk_monitor.bands import REACH, reach_energy, remaining_steps
@@ -110,7 +111,7 @@ def _rate(shown: Sequence[Snapshot], looked: Sequence[Snapshot]) -> Iterator[Car
 def _reach(measured: Sequence[Snapshot]) -> Iterator[Card]:
     # With hardly any steps to go nothing is in reach, which says nothing of the run.
     early = (s for s in reversed(measured) if remaining_steps(s) >= _TO_GO * s.facts.get("total_steps", math.inf))
-    at = next((s for s in (*early, *reversed(measured)) if reach_energy(s)), None)
+    at = next((s for s in chain(early, reversed(measured)) if reach_energy(s)), None)
     if at is None:
         return
     energy, left = reach_energy(at), remaining_steps(at)

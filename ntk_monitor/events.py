@@ -284,7 +284,5 @@ def _parsed(value: Any, kind: Any) -> Any:
         return tuple(value)
     if kind == dict[str, float]:
         # Most are numbers already, and a long run has a million of them.
-        if set(map(type, value.values())) <= {float}:
-            return value
         return {key: item if type(item) is float else _parsed(item, float) for key, item in value.items()}
     return value

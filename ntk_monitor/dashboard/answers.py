@@ -35,8 +35,8 @@ BLOBS = frozenset({"gram", "kernel-map", "mode-samples", "sample-row"})
 """Panels that draw what is stored at few probes and read one by one."""
 
 _ENTRIES = {entry.name: entry for entry in CATALOGUE}
-_DRAWN = 128
-"""Figures that are kept as text: a thousand probes make one of about 100 kB."""
+_KEPT = 128
+"""Answers that are kept as text; the largest figures of long runs are of about 100 kB."""
 
 
 class Answers:
@@ -44,7 +44,7 @@ class Answers:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._drawn: dict[tuple[Any, ...], str] = {}
+        self._kept: dict[tuple[Any, ...], str] = {}
         self._lock = threading.Lock()
 
     @property
@@ -84,11 +84,14 @@ class Answers:
     def manifest(self, asked: Asked, query: Query) -> Answer:
         """Return what the controls need to know of a run; of one that cannot be read, why."""
         run = query.text("run")
+        unit = query.one_of("unit", *UNITS)
         try:
             reading = self._store.reading(asked, run)
         except HistoryError as error:
             return {"run": run, "version": "", **manifest(History(())), "error": str(error)}
-        return {"run": run, "version": reading.version, **manifest(reading.history, query.one_of("unit", *UNITS))}
+        told = {"run": run, "version": reading.version}
+        key = (asked.experiment, "manifest", run, reading.version, unit)
+        return self._once(key, lambda: told | manifest(reading.history, unit))
 
     def figure(self, asked: Asked, query: Query) -> Answer:
         """Return one panel of the ticked runs."""
@@ -100,29 +103,46 @@ class Answers:
         readings = {name: self._store.reading(asked, name) for name in names}
         versions = [reading.version for reading in readings.values()]
         depends = [getattr(view, name) for name in sorted(entry.depends)]
-        key = (asked.experiment, entry.name, *names, *versions, *depends)
-        with self._lock:
-            drawn = self._drawn.pop(key, None)
-        if drawn is None:
+
+        def drawn() -> Answer:
             heavy = entry.name in BLOBS
-            shown = {name: one.opened(view.step) if heavy else one.history for name, one in readings.items()}
-            drawn = payload.text(draw(entry.name, shown, view))
-        with self._lock:
-            self._drawn[key] = drawn
-            while len(self._drawn) > _DRAWN:
-                del self._drawn[next(iter(self._drawn))]
-        return drawn
+            return draw(
+                entry.name,
+                {name: one.opened(view.step) if heavy else one.history for name, one in readings.items()},
+                view,
+            )
+
+        return self._once((asked.experiment, entry.name, *names, *versions, *depends), drawn)
 
     def findings(self, asked: Asked, query: Query) -> Answer:
         """Return what the rules of health find in a run."""
-        found = findings(self._store.reading(asked, query.text("run")).probes)
+        run = query.text("run")
+        reading = self._store.reading(asked, run)
         names = ("severity", "rule", "steps", "evidence", "meaning", "advice", "panel")
-        return {"findings": [{name: getattr(one, name) for name in names} for one in found]}
+
+        def found() -> Answer:
+            return {"findings": [{name: getattr(one, name) for name in names} for one in findings(reading.probes)]}
+
+        return self._once((asked.experiment, "findings", run, reading.version), found)
 
     def cards(self, asked: Asked, query: Query) -> Answer:
         """Return a run in a few numbers with their lights, as it stood at a step."""
-        found = cards(self._store.reading(asked, query.text("run")).history, _view(query))
-        return {"cards": [asdict(card) for card in found]}
+        run, view = query.text("run"), _view(query)
+        reading = self._store.reading(asked, run)
+        key = (asked.experiment, "cards", run, reading.version, view.step)
+        return self._once(key, lambda: {"cards": [asdict(card) for card in cards(reading.history, view)]})
+
+    def _once(self, key: tuple[Any, ...], made: Callable[[], Answer]) -> str:
+        """Return an answer as text, made anew only if nobody has asked lately what the key says."""
+        with self._lock:
+            text = self._kept.pop(key, None)
+        if text is None:
+            text = payload.text(made())
+        with self._lock:
+            self._kept[key] = text
+            while len(self._kept) > _KEPT:
+                del self._kept[next(iter(self._kept))]
+        return text
 
     def modes(self, asked: Asked, query: Query) -> Answer:
         """Return the table of modes of the probe nearest to a step."""
@@ -153,7 +173,8 @@ def manifest(history: History, unit: str = "step") -> dict[str, Any]:
     measured = history.measured
     last = measured[-1] if measured else None
     launch = launched(history.snapshots, holds="forecast_steps")
-    totals = [total for s in history.snapshots if math.isfinite(total := s.facts.get("total_steps", math.nan))]
+    planned = (s.facts.get("total_steps", math.nan) for s in reversed(history.snapshots))
+    total = next((steps for steps in planned if math.isfinite(steps)), None)
     return {
         "steps": [s.step for s in measured],
         "light_steps": [s.step for s in history.light],
@@ -162,7 +183,7 @@ def manifest(history: History, unit: str = "step") -> dict[str, Any]:
         "epochs": _places(history, "epoch"),
         # Learning rates of all steps are only read for those who look at them.
         "times": _places(history, "time") if unit == "time" else None,
-        "total_steps": int(totals[-1]) if totals else None,
+        "total_steps": None if total is None else int(total),
         "kernel": kernel_words(last) if last else "",
         "samples": last.samples if last else 0,
         "outputs": last.outputs if last else 0,

@@ -39,13 +39,13 @@ class Asked:
     experiment: str
 
 
-def series(provider: DataProvider, asked: Asked, run: str, tag: str) -> list[tuple[Key, Value]]:
-    """Return the values of a tag by the probes that they belong to, in the order of the data server."""
+def series(provider: DataProvider, asked: Asked, run: str, tag: str) -> tuple[list[Key], list[Value]]:
+    """Return the values of a tag and the probes that they belong to, in the order of the data server."""
     found = _messages(provider, asked, run, tag)
     return _arrays(provider, asked, run, tag) if found is None else found
 
 
-def _messages(provider: DataProvider, asked: Asked, run: str, tag: str) -> list[tuple[Key, Value]] | None:
+def _messages(provider: DataProvider, asked: Asked, run: str, tag: str) -> tuple[list[Key], list[Value]] | None:
     """Return the values as the fast data server sends them; None: it is another one, or refuses."""
     read = getattr(getattr(provider, "_stub", None), "ReadTensors", None)
     if read is None:
@@ -64,17 +64,12 @@ def _messages(provider: DataProvider, asked: Asked, run: str, tag: str) -> list[
         answer = read(request)
     except RpcError:  # asked again in TensorBoard's own way, its sentence about the failure is TensorBoard's own
         return None
-    data = [
-        entry.data for found in answer.runs for entry in found.tags if (found.run_name, entry.tag_name) == (run, tag)
-    ]
-    return [
-        ((step, time), value)
-        for one in data
-        for step, time, value in zip(one.step, one.wall_time, one.value, strict=True)
-    ]
+    data = [one.data for found in answer.runs for one in found.tags if (found.run_name, one.tag_name) == (run, tag)]
+    keys = [key for one in data for key in zip(one.step, one.wall_time, strict=True)]
+    return keys, [value for one in data for value in one.value]
 
 
-def _arrays(provider: DataProvider, asked: Asked, run: str, tag: str) -> list[tuple[Key, Value]]:
+def _arrays(provider: DataProvider, asked: Asked, run: str, tag: str) -> tuple[list[Key], list[Value]]:
     chosen = RunTagFilter(runs=[run], tags=[tag])
     try:
         found = provider.read_tensors(
@@ -85,8 +80,9 @@ def _arrays(provider: DataProvider, asked: Asked, run: str, tag: str) -> list[tu
             run_tag_filter=chosen,
         )
     except (TypeError, ValueError):  # bytes that TensorBoard itself cannot take apart cost this series alone
-        return []
-    return [((datum.step, datum.wall_time), datum.numpy) for datum in found.get(run, {}).get(tag, ())]
+        return [], []
+    data = found.get(run, {}).get(tag, ())
+    return [(datum.step, datum.wall_time) for datum in data], [datum.numpy for datum in data]
 
 
 def arrays(values: Sequence[Value]) -> list[Array]:
@@ -99,17 +95,17 @@ def arrays(values: Sequence[Value]) -> list[Array]:
     found = [NOTHING] * len(values)
     for places in alike.values():
         chosen = [values[place] for place in places]
-        for place, array in zip(places, _stacked(chosen) or [_single(value) for value in chosen], strict=True):
+        for place, array in zip(places, _stacked(chosen) or map(_single, chosen), strict=True):
             found[place] = array
     return found
 
 
-def text(value: Value) -> bytes:
-    """Return the bytes of a value that holds one text; none where it does not."""
-    if isinstance(value, TensorProto):
-        return value.string_val[0] if len(value.string_val) else b""
-    found = value.item() if value.size == 1 else b""
-    return found if isinstance(found, bytes) else b""
+def texts(values: Sequence[Value]) -> list[bytes]:
+    """Return the bytes of values that hold one text each; none where one does not."""
+    if values and isinstance(values[0], TensorProto):
+        return [value.string_val[0] if len(value.string_val) else b"" for value in values]
+    found = (value.item() if value.size == 1 else b"" for value in values)
+    return [one if isinstance(one, bytes) else b"" for one in found]
 
 
 def _stacked(values: Sequence[TensorProto]) -> list[Array] | None:

@@ -62,8 +62,8 @@ class Source:
     def records(self) -> list[tuple[Key, bytes]]:
         """Return the record of every probe, in the order of writing; empty where a value is no text."""
         with self._lock:
-            found = [(key, bulk.text(value)) for key, value in self._series(RECORD)]
-            return sorted(found, key=lambda record: record[0][1])
+            keys, values = self._series(RECORD)
+            return sorted(zip(keys, bulk.texts(values), strict=True), key=lambda record: record[0][1])
 
     def row(self, key: Key) -> int:
         """Return the row of a probe, the next one where it is new."""
@@ -79,14 +79,12 @@ class Source:
             column = self.columns.get(name, [])
             if len(column) < len(self._rows):
                 column = column + [NOTHING] * (len(self._rows) - len(column))
-                rows = self._rows
-                found = [
-                    (row, value)
-                    for key, value in self._series(name)
-                    if (row := rows.get(key)) is not None and not column[row].size
-                ]
+                keys, values = self._series(name)
+                rows = [self._rows.get(key) for key in keys]
+                found = [(row, i) for i, row in enumerate(rows) if row is not None and not column[row].size]
+                read = bulk.arrays([values[i] for _, i in found])
                 dimensions = len(ARRAYS[name].dims)
-                for (row, _), array in zip(found, bulk.arrays([value for _, value in found]), strict=True):
+                for (row, _), array in zip(found, read, strict=True):
                     if _sound(array, dimensions):
                         column[row] = array
                 self.columns[name] = column
@@ -129,7 +127,7 @@ class Source:
         series = found.get(tag(name, self.prefix), ())
         return {(datum.step, datum.wall_time): datum.values[0].blob_key for datum in series if datum.values}
 
-    def _series(self, name: str) -> list[tuple[Key, bulk.Value]]:
+    def _series(self, name: str) -> tuple[list[Key], list[bulk.Value]]:
         return bulk.series(self._provider, self._asked, self.run, tag(name, self.prefix))
 
     def _chosen(self, asked: Asked, *names: str) -> dict[str, Any]:
