@@ -1,8 +1,8 @@
 """The report in a browser: opened from disk without a network, every figure drawn, choices and colours at work."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,8 +25,6 @@ pytestmark = [
     pytest.mark.skipif(bool(browser.MISSING), reason=browser.MISSING),
 ]
 
-PATIENCE = 30.0
-
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -44,14 +42,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield driver
 
 
-def _until(true: Any) -> Any:
-    end = time.monotonic() + PATIENCE
-    while not (found := true()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return found
-
-
 def _title(page: Any, key: str) -> str:
     return str(page.execute_script("return document.getElementById(arguments[0]).layout.title.text", key))
 
@@ -59,7 +49,7 @@ def _title(page: Any, key: str) -> str:
 def _shown(page: Any, key: str) -> Any:
     place = page.find_element(By.ID, key)
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", place)
-    _until(lambda: place.get_attribute("data-drawn"))
+    browser.until(lambda: place.get_attribute("data-drawn"))
     return place
 
 
@@ -68,7 +58,7 @@ def test_every_figure_is_drawn_without_a_network(page: Any) -> None:
     assert len(keys) == 2 * len(CATALOGUE) + 1 + sum(one.several for one in CATALOGUE)
     for key in keys:
         place = _shown(page, key)
-        assert _until(lambda place=place: place.find_elements(By.CSS_SELECTOR, ".main-svg"))
+        assert browser.until(partial(place.find_elements, By.CSS_SELECTOR, ".main-svg"))
         assert page.execute_script("return arguments[0].data.length", place) > 0
     assert not [entry for entry in page.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
@@ -79,17 +69,17 @@ def test_the_slider_turns_what_belongs_to_its_run_alone(page: Any) -> None:
     before = _title(page, "0-spectrum"), _title(page, "1-spectrum")
     slider = page.find_element(By.CSS_SELECTOR, "#run-0 .controls input")
     slider.send_keys(Keys.HOME)
-    _until(lambda: _title(page, "0-spectrum") == "Spectrum, step 0")
+    browser.until(lambda: _title(page, "0-spectrum") == "Spectrum, step 0")
     assert before[0] == f"Spectrum, step {HEALTHY[-1].step}"
     assert _title(page, "1-spectrum") == before[1]
     slider.send_keys(Keys.END)
-    _until(lambda: _title(page, "0-spectrum") == before[0])
+    browser.until(lambda: _title(page, "0-spectrum") == before[0])
 
 
 def test_a_mode_is_chosen_from_the_list(page: Any) -> None:
     _shown(page, "0-mode-samples")
     Select(page.find_element(By.CSS_SELECTOR, '#run-0 select[data-axis="mode"]')).select_by_visible_text("2")
-    _until(lambda: _title(page, "0-mode-samples").startswith("Samples of mode 2"))
+    browser.until(lambda: _title(page, "0-mode-samples").startswith("Samples of mode 2"))
 
 
 def test_dark_and_light_redraw_the_figures(page: Any) -> None:
@@ -100,7 +90,7 @@ def test_dark_and_light_redraw_the_figures(page: Any) -> None:
     page.find_element(By.ID, "theme").click()
     # What is out of view waits until it is looked at.
     _shown(page, "0-alignment")
-    _until(lambda: page.execute_script(ink, place) != before)
+    browser.until(lambda: page.execute_script(ink, place) != before)
 
 
 def test_a_figure_can_be_saved_as_numbers(page: Any) -> None:
