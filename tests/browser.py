@@ -163,7 +163,7 @@ def _started(options: ChromeOptions) -> Chrome | None:
     try:
         return Chrome(options=options, service=ChromeService(DRIVER))
     except (WebDriverException, OSError) as error:
-        _failures.append(next(iter(str(error).strip().splitlines()), repr(error)))
+        _failures.append(str(error).strip().partition("; For doc")[0].partition("\n")[0] or repr(error))
         return None
 
 
