@@ -89,6 +89,32 @@ def test_the_manifest_says_what_can_be_chosen(tab: Tab) -> None:
     assert found["epochs"] == [None] * 12
 
 
+def test_the_version_is_told_before_a_run_is_read(tab: Tab) -> None:
+    fresh = Tab(tab.logdir)
+    asked: list[Any] = []
+    read = fresh.provider.read_tensors
+
+    def counted(*given: Any, **options: Any) -> Any:
+        asked.append(options)
+        return read(*given, **options)
+
+    fresh.provider.read_tensors = counted
+    version = fresh.json("version", run="one")["version"]
+    assert not asked
+    assert version == fresh.json("manifest", run="one")["version"]
+    assert asked
+    assert version != fresh.json("version", run="two")["version"]
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in CATALOGUE if "launch" in entry.depends])
+def test_figures_and_controls_agree_on_the_launch_that_nobody_chose(tmp_path: Path, name: str) -> None:
+    # Losses that are not known any more hide probes from one figure alone.
+    recorded(tmp_path / "run", [replace(s, loss_value=np.nan) if k > 5 else s for k, s in enumerate(HEALTHY)])
+    tab = Tab(tmp_path)
+    launch = tab.json("manifest", run="run")["launch"]
+    assert tab.json("figure", panel=name, run="run") == tab.json("figure", panel=name, run="run", launch=launch)
+
+
 def test_light_and_skipped_probes_are_no_steps_of_the_slider(tab: Tab) -> None:
     found = tab.json("manifest", run="mixed")
     assert (found["steps"], found["light_steps"]) == ([0, 25, 50], [60])

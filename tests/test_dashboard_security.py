@@ -25,7 +25,7 @@ HOSTILE = (
     "%2e%2e",
     "a&run=b",
 )
-QUESTIONS = ("manifest", "cards", "findings", "modes", "mode", "sample", "figure")
+QUESTIONS = ("version", "manifest", "cards", "findings", "modes", "mode", "sample", "figure")
 STATIC = Path(files.__file__).parent / "static"
 
 

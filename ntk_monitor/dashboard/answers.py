@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import Any, TypeAlias
 
@@ -53,6 +53,7 @@ class Answers:
         return {
             "runs": self.runs,
             "catalogue": self.catalogue,
+            "version": self.version,
             "manifest": self.manifest,
             "figure": self.figure,
             "findings": self.findings,
@@ -81,6 +82,11 @@ class Answers:
         ]
         return {"groups": GROUPS, "panels": panels, "about": ABOUT, "version": metadata.version("ntk-monitor")}
 
+    def version(self, asked: Asked, query: Query) -> Answer:
+        """Return what changes when a run has grown, without reading it."""
+        run = query.text("run")
+        return {"run": run, "version": self._store.version(asked, run)}
+
     def manifest(self, asked: Asked, query: Query) -> Answer:
         """Return what the controls need to know of a run; of one that cannot be read, why."""
         run = query.text("run")
@@ -106,11 +112,8 @@ class Answers:
 
         def drawn() -> Answer:
             heavy = entry.name in BLOBS
-            return draw(
-                entry.name,
-                {name: one.opened(view.step) if heavy else one.history for name, one in readings.items()},
-                view,
-            )
+            shown = {name: one.opened(view.step) if heavy else one.history for name, one in readings.items()}
+            return draw(entry.name, shown, _launched(view, shown[names[0]]) if "launch" in entry.depends else view)
 
         return self._once((asked.experiment, entry.name, *names, *versions, *depends), drawn)
 
@@ -172,14 +175,13 @@ def manifest(history: History, unit: str = "step") -> dict[str, Any]:
     """Return what the controls of the page need: steps, axes, names; the axis of times only if that is the unit."""
     measured = history.measured
     last = measured[-1] if measured else None
-    launch = launched(history.snapshots, holds="forecast_steps")
     planned = (s.facts.get("total_steps", math.nan) for s in reversed(history.snapshots))
     total = next((steps for steps in planned if math.isfinite(steps)), None)
     return {
         "steps": [s.step for s in measured],
         "light_steps": [s.step for s in history.light],
         "launches": [s.step for s in measured if s.forecast_steps.size],
-        "launch": launch.step if launch else None,
+        "launch": _launched(View(), history).launch,
         "epochs": _places(history, "epoch"),
         # Learning rates of all steps are only read for those who look at them.
         "times": _places(history, "time") if unit == "time" else None,
@@ -191,6 +193,12 @@ def manifest(history: History, unit: str = "step") -> dict[str, Any]:
         "notes": list(history.notes),
         "error": None,
     }
+
+
+def _launched(view: View, history: History) -> View:
+    """Return the view with the launch that all figures share where the reader has chosen none."""
+    found = None if view.launch is not None else launched(history.snapshots, holds="forecast_steps")
+    return view if found is None else replace(view, launch=found.step)
 
 
 def _places(history: History, unit: Unit) -> list[float | None]:

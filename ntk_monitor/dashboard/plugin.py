@@ -22,7 +22,7 @@ App: TypeAlias = Callable[..., Any]
 logger = logging.getLogger(__name__)
 
 _JSON = "application/json"
-_QUESTIONS = ("runs", "catalogue", "manifest", "figure", "cards", "findings", "modes", "mode", "sample")
+_QUESTIONS = ("runs", "catalogue", "version", "manifest", "figure", "cards", "findings", "modes", "mode", "sample")
 
 
 class NTKPlugin(TBPlugin):  # type: ignore[misc]  # tensorboard has no types

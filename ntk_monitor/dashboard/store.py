@@ -88,6 +88,14 @@ class Store:
         """
         return sorted(self._listed(asked), key=_natural)
 
+    def version(self, asked: Asked, name: str) -> str:
+        """Return the version of a run as it stands now, of which nothing is read.
+
+        Raises:
+            HistoryError: the run is unknown.
+        """
+        return self._run(asked, name).source.refresh(asked)
+
     def reading(self, asked: Asked, name: str) -> Reading:
         """Return a run as it stands now.
 

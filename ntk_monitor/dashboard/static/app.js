@@ -20,6 +20,7 @@ class Page {
   constructor() {
     this.state = new State();
     this.runs = [];
+    this.versions = new Map();
     this.manifests = new Map();
     this.chosen = null;
   }
@@ -28,14 +29,14 @@ class Page {
   get focus() { return this.state.runs.includes(this.state.focus) ? this.state.focus : this.state.runs[0] ?? null; }
   get manifest() { return this.manifests.get(this.focus); }
 
-  /** The runs that a panel draws, of those whose probes can be read. */
+  /** The runs that a panel draws, of those of which nothing says that they cannot be read. */
   shown(several) {
-    const readable = (run) => this.manifests.has(run) && !this.manifests.get(run).error;
+    const readable = (run) => this.versions.has(run) && !this.manifests.get(run)?.error;
     if (!this.focus || !readable(this.focus)) return [];
     return several ? this.state.runs.filter(readable) : [this.focus];
   }
 
-  version(runs) { return runs.map((run) => this.manifests.get(run)?.version ?? "").join(); }
+  version(runs) { return runs.map((run) => this.versions.get(run) ?? "").join(); }
   kernel() { return this.manifest?.kernel ?? ""; }
 
   /** Steps whose forecasts can be drawn, their abscissae, and the one that is. */
@@ -61,7 +62,7 @@ class Page {
   async load() {
     const [catalogue] = await Promise.all([ask(address("catalogue")), this.list()]);
     this.catalogue = catalogue;
-    await this.look();
+    await this.glance();
   }
 
   /** Asks which runs there are; names alone, so that many of them cost nothing. */
@@ -76,13 +77,28 @@ class Page {
     if (!this.runs.length && seen()) setTimeout(() => this.refresh(), SOON);
   }
 
-  /** Asks every ticked run whether it has grown. */
-  async look() {
+  /** Asks every ticked run whether it has grown: little, so that figures are asked for before a long run is read. */
+  async glance() {
     await Promise.all(this.state.runs.map(async (run) => {
       try {
-        this.manifests.set(run, await ask(address("manifest", { run, unit: this.state.unit })));
+        this.versions.set(run, (await ask(address("version", { run }))).version);
       } catch (error) {
-        if (!this.manifests.has(run)) this.manifests.set(run, { run, steps: [], error: error.message, version: "", notes: [] });
+        if (!this.manifests.has(run)) this.manifests.set(run, { run, steps: [], error: error.message, notes: [] });
+      }
+    }));
+  }
+
+  /** Asks the ticked runs that have grown, or are seen in another unit now, what can be chosen. */
+  async look() {
+    const { unit } = this.state;
+    await Promise.all(this.state.runs.map(async (run) => {
+      const version = this.versions.get(run);
+      const known = this.manifests.get(run);
+      if (version === undefined || (known?.version === version && known.unit === unit)) return;
+      try {
+        this.manifests.set(run, { ...await ask(address("manifest", { run, unit })), unit });
+      } catch (error) {
+        if (!known) this.manifests.set(run, { run, steps: [], error: error.message, notes: [] });
       }
     }));
   }
@@ -121,6 +137,7 @@ class Page {
     this.steps.draw();
     this.drawer.draw();
     this.modes?.mark();
+    for (const node of document.querySelectorAll("figure.panel")) node.panel?.hold();
     const reason = nothing(this.runs, focus, manifest);
     this.empty.hidden = !reason;
     this.main.hidden = this.subject.hidden = Boolean(reason);
@@ -140,6 +157,7 @@ class Page {
     this.refreshing = true;
     try {
       await this.list();
+      await this.glance();
       await this.look();
       this.draw();
     } catch { /* TensorBoard is away; the next look will tell */ } finally {
@@ -194,9 +212,12 @@ export async function start(body) {
   page.state.on(async (changed) => {
     page.draw();
     if (!changed.has("runs") && !changed.has("unit")) return;
+    await page.glance();
+    page.draw();
     await page.look();
     page.draw();
   });
+  page.look().then(() => page.draw());
   watch(() => page.dress());
   listen(() => page.refresh());
   setInterval(() => { if (seen()) page.refresh(); }, EVERY);

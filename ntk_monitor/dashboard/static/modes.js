@@ -32,7 +32,6 @@ export class Modes extends Live {
   async show(answer) {
     // JSON has no infinity; the table has: a mode that is never learned.
     this.answer = { ...answer, rows: answer.rows.map((row) => row.map((value) => NEVER.get(value) ?? value)) };
-    this.about.textContent = `${this.page.kernel()}. ${this.page.catalogue.about}`;
     this.caption.textContent = [TELLS, answer.note].filter(Boolean).join(" ");
     this.draw();
   }
@@ -55,8 +54,9 @@ export class Modes extends Live {
     this.more.textContent = this.all ? `show the first ${FEW}` : `show all ${rows.length} modes`;
   }
 
-  /** Shows which mode is open. */
+  /** Shows which mode is open, and which kernel it is of. */
   mark() {
+    this.about.textContent = [this.page.kernel(), this.page.catalogue.about].filter(Boolean).join(". ");
     for (const row of this.table.querySelectorAll("[data-mode]")) row.classList.toggle("chosen", Number(row.dataset.mode) === this.page.state.mode);
   }
 

@@ -62,7 +62,7 @@ export class Panel extends Live {
     this.log?.setAttribute("aria-pressed", logarithmic);
     const runs = this.page.shown(this.entry.several);
     if (!runs.length) return null;
-    const fields = { step: state.step, launch: this.page.launches().launch, unit: state.unit, log: logarithmic ? 1 : 0, mode: state.mode, sample: state.sample };
+    const fields = { step: state.step, launch: state.launch, unit: state.unit, log: logarithmic ? 1 : 0, mode: state.mode, sample: state.sample };
     const asked = Object.fromEntries(Object.entries(fields).filter(([key]) => this.entry.depends.includes(key)));
     return address("figure", { panel: this.entry.name, run: runs, focus: this.page.focus, ...asked, v: this.page.version(runs) });
   }
@@ -90,8 +90,13 @@ export class Panel extends Live {
       this.plot.on("plotly_click", (event) => this.clicked(event.points[0]));
       this.plot.on("plotly_afterplot", () => this.handle?.place(this.plot));
     }
-    this.handle?.place(this.plot);
+    this.hold();
     this.plot.classList.toggle("clickable", Boolean(this.figure.layout.meta?.click));
+  }
+
+  /** Puts the handle where the page says, once there is a plot to hold. */
+  hold() {
+    if (this.heard && this.figure) this.handle?.place(this.plot);
   }
 
   /** A figure says in its meta what a click on one of its points opens, and how the point names it. */

@@ -41,7 +41,7 @@ export class Steps {
     this.slider.disabled = this.button.disabled = steps.length < 2;
     const epoch = manifest?.epochs?.[at];
     const words = [state.step === null ? "latest" : `probe ${at + 1} of ${steps.length}`, typeof epoch === "number" ? `epoch ${short(epoch)}` : ""];
-    this.said.replaceChildren(h("b", { textContent: at < 0 ? "no probe" : `step ${steps[at]}` }), h("small", { textContent: at < 0 ? "" : words.filter(Boolean).join(", ") }));
+    this.said.replaceChildren(h("b", { textContent: at < 0 ? (manifest ? "no probe" : "") : `step ${steps[at]}` }), h("small", { textContent: at < 0 ? "" : words.filter(Boolean).join(", ") }));
     const { steps: launches, launch } = this.page.launches();
     this.forecast.hidden = launches.length < 2;
     this.launch.max = Math.max(launches.length - 1, 0);
