@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ntk_monitor.engines.structured import contraction, samples
+from ntk_monitor.engines.structured import contraction, engine, samples
 from ntk_monitor.errors import NetworkError
 from ntk_monitor.kernel import empirical_ntk, measured
 from tests.cases import Case, Lambda, cnn_batchnorm
@@ -701,3 +701,29 @@ def test_positions_that_no_gradient_reaches_are_left_out(at: slice, way: str) ->
     routes = {line.parameter: line.route for line in measured(model, x, outputs="trace", engine="structured").lines}
     assert (routes["block.linear1.weight"] == "hadamard") == (way == "hadamard")
     assert routes["block.self_attn.in_proj_weight"] != "hadamard"
+
+
+@pytest.mark.parametrize(("terms", "products"), [(30, 5), (60, 3), (90, 2), (2048, 1)])
+def test_gradients_wait_for_those_of_as_many_outputs_as_one_product_takes(
+    terms: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[slice] = []
+
+    def counted(gram: Any, left: Any, right: Any, classes: slice, **options: Any) -> Any:
+        calls.append(classes)
+        return contraction.contract(gram, left, right, classes, **options)
+
+    monkeypatch.setattr(engine, "contract", counted)
+    monkeypatch.setattr(engine, "_STACKED_BYTES", 0)
+    monkeypatch.setattr(engine, "INNER", terms)
+    model = nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 5)).double()
+    x = torch.randn(7, 6, dtype=torch.float64)
+    empirical_ntk(model, x, outputs="trace")  # checked against autograd at its first use
+    calls.clear()
+    found = empirical_ntk(model, x, outputs="trace")
+    assert_close(found, empirical_ntk(model, x, outputs="trace", engine="rows"))
+    # All five outputs of the last layer fit at any of these sizes.
+    assert len(calls) == products + 1
+    assert sorted(k for one in calls for k in range(5)[one]) == sorted([*range(5), *range(5)])
+    cross = empirical_ntk(model, x, x[:3] + 1, outputs="trace")
+    assert_close(cross, empirical_ntk(model, x, x[:3] + 1, outputs="trace", engine="rows"))

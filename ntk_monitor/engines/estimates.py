@@ -17,7 +17,7 @@ from ntk_monitor.engines.watched import Watched
 _KERNEL_READS = 10
 """Times that the full kernel is gone over beside the products: memory mapped anew, its upper half copied."""
 
-_WORKSPACE = 36 * 2**20
+_WORKSPACE = 24 * 2**20
 """Bytes that torch's own libraries take at their first use, measured on small networks."""
 
 _VECTORISED = 16

@@ -2,7 +2,7 @@
 
 Three ways to the same kernel: from the products of inputs and of gradients where T = 1 (Hadamard), from the per-sample
 gradients of this one layer in blocks, or from pairs of positions. Sums end in float64. With `work` float32, products
-run in float32 over at most `_INNER` terms, summed in float64: plain float32 sums of 1e5 terms were wrong by 1e-4.
+run in float32 over at most `INNER` terms, summed in float64: plain float32 sums of 1e5 terms were wrong by 1e-4.
 """
 
 import math
@@ -16,7 +16,8 @@ from torch import Tensor
 from ntk_monitor.engines.contract import Layout
 from ntk_monitor.engines.structured.costs import BLOCK_BYTES, LEAST_CHANNELS, Route, Sizes, route
 
-_INNER = 2048
+INNER = 2048
+"""Terms of a product in float32; longer sums go on in float64."""
 _SLAB = 2**20
 """Elements converted to float64 at a time: 8 MiB stay in cache and in memory that is mapped already."""
 
@@ -51,12 +52,12 @@ def _double(a: Tensor, b: Tensor) -> Tensor:
 
 def _split(a: Tensor, b: Tensor) -> Tensor:
     inner = a.shape[1]
-    count = inner // _INNER
+    count = inner // INNER
     if count < 2:
         return (a @ b.T).double()
-    whole = count * _INNER
-    left = a[:, :whole].unflatten(1, (count, _INNER)).transpose(0, 1)
-    right = left if b is a else b[:, :whole].unflatten(1, (count, _INNER)).transpose(0, 1)
+    whole = count * INNER
+    left = a[:, :whole].unflatten(1, (count, INNER)).transpose(0, 1)
+    right = left if b is a else b[:, :whole].unflatten(1, (count, INNER)).transpose(0, 1)
     total = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.float64)
     return total if whole == inner else total + (a[:, whole:] @ b[:, whole:].T).double()
 

@@ -4,7 +4,6 @@ Memory: the activations of one forward pass, their gradients for one output (all
 networks without positions), and one layer's blocks. Never a Jacobian of the whole network.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ntk_monitor.batch import Batch, size
 from ntk_monitor.engines.contract import Layout
-from ntk_monitor.engines.structured.contraction import Factors, Gram, contract
+from ntk_monitor.engines.structured.contraction import INNER, Factors, Gram, contract
 from ntk_monitor.engines.structured.operations import Matrix, Table, scattered
 from ntk_monitor.engines.structured.recording import (
     SharedValueError,
@@ -31,9 +30,6 @@ from ntk_monitor.network import Network
 
 _KEPT_BYTES = 24 * 2**20
 """Inputs of convolutions, laid out as matrices, that are kept from one output to the next."""
-
-_HELD_BYTES = 32 * 2**20
-"""Gradients of one layer without positions that wait for those of the other outputs."""
 
 _STACKED_BYTES = 2**20
 """Gradients of all outputs are treated together below this size."""
@@ -182,14 +178,17 @@ class _Job:
         self._routes[unit.parameter] = way
 
     def _add_factors(self, unit: Unit, left: Factors, right: Factors | None, classes: range) -> None:
-        """Contract a weight now, or with the gradients of all outputs once they are there: one long product."""
+        """Contract a weight now, or with the gradients of several outputs once they are there: one long product."""
         single = left.sizes[1] == 1 and (right is None or right.sizes[1] == 1)
-        held = left.sizes[0] * left.channels * self._outputs * left.inputs().element_size() if single else math.inf
-        if self._layout == "trace" and len(classes) < self._outputs and held <= _HELD_BYTES and not self._scale:
+        several = single and self._layout == "trace" and len(classes) < self._outputs and 2 * left.channels <= INNER
+        if several and not self._scale:
             key = (unit.parameter, left.uses)
             if key not in self._waiting:
                 self._waiting[key] = _Waiting(unit, left, right, self._outputs)
-            self._waiting[key].hold(left, right, classes.start)
+            waiting = self._waiting[key]
+            waiting.hold(left, right, classes.start)
+            if waiting.full:
+                self._contract(unit, *waiting.taken())
             return
         self._contract(unit, left, right, slice(classes.start, classes.stop))
 
@@ -211,7 +210,8 @@ class _Job:
     def _finish(self) -> None:
         """Contract what waited for the gradients of all outputs."""
         for waiting in self._waiting.values():
-            self._contract(waiting.unit, *waiting.joined(), slice(0, self._outputs))
+            if waiting.held:
+                self._contract(waiting.unit, *waiting.taken())
         self._waiting.clear()
 
     def _weight(self, unit: Unit) -> Tensor | None:
@@ -333,26 +333,38 @@ class _Job:
 
 
 class _Waiting:
-    """Gradients of a layer with one position per sample, side by side for all outputs.
+    """Gradients of a layer with one position per sample, side by side for as many outputs as one product takes.
 
     They are copies, so that nothing else of a backward pass stays in memory.
     """
 
     def __init__(self, unit: Unit, left: Factors, right: Factors | None, outputs: int) -> None:
         self.unit = unit
+        self.held = 0
+        self._first = 0
+        self._room = min(outputs, INNER // left.channels)
         self._factors = [f for f in (left, right) if f is not None]
-        self._gradients = [f.inputs().new_empty(f.sizes[0], outputs, 1, f.channels) for f in self._factors]
+        self._gradients = [f.inputs().new_empty(f.sizes[0], self._room, 1, f.channels) for f in self._factors]
+
+    @property
+    def full(self) -> bool:
+        """True when what is held has to be taken before more comes."""
+        return self.held == self._room
 
     def hold(self, left: Factors, right: Factors | None, c: int) -> None:
-        """Copy the gradients of output c."""
+        """Copy the gradients of output c, the next one."""
+        self._first = c if not self.held else self._first
         for kept, factors in zip(self._gradients, [left, right], strict=False):
             assert factors is not None
-            kept[:, c : c + 1] = factors.gradient()
+            kept[:, self.held : self.held + 1] = factors.gradient()
+        self.held += 1
 
-    def joined(self) -> tuple[Factors, Factors | None]:
-        """Return both sides with the gradients of all outputs; right is None where it was."""
-        left, *right = map(_with_gradients, self._factors, self._gradients)
-        return left, right[0] if right else None
+    def taken(self) -> tuple[Factors, Factors | None, slice]:
+        """Return both sides with the gradients of the outputs held, and which those are; right is None where it was."""
+        left, *right = map(_with_gradients, self._factors, [g[:, : self.held] for g in self._gradients])
+        outputs = slice(self._first, self._first + self.held)
+        self.held = 0
+        return left, right[0] if right else None, outputs
 
 
 def _with_gradients(factors: Factors, g: Tensor) -> Factors:
