@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ntk_monitor.engines.structured import contraction, engine, samples
+from ntk_monitor.engines.structured import contraction, engine, held, samples
 from ntk_monitor.errors import NetworkError
 from ntk_monitor.kernel import empirical_ntk, measured
 from tests.cases import Case, Lambda, cnn_batchnorm
@@ -714,7 +714,7 @@ def test_gradients_wait_for_those_of_as_many_outputs_as_one_product_takes(
         return contraction.contract(gram, left, right, classes, **options)
 
     monkeypatch.setattr(engine, "contract", counted)
-    monkeypatch.setattr(engine, "_STACKED_BYTES", 0)
+    monkeypatch.setattr(held, "STACKED_BYTES", 0)
     monkeypatch.setattr(engine, "INNER", terms)
     model = nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 5)).double()
     x = torch.randn(7, 6, dtype=torch.float64)

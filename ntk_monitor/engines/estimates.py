@@ -68,7 +68,7 @@ def estimates(seen: Watched) -> dict[str, Cost]:
 def _structured(seen: Watched, side: Side) -> Cost:
     job = Layers(seen, side)
     count, n = 1, seen.samples
-    held = seen.needed * (seen.outputs + 1 if seen.layout == "full" else 2)
+    held = job.needed() * n // seen.metered
     while count < n and held * -(-n // count) > seen.limit * n:
         count *= 2
     step = -(-n // count)

@@ -13,8 +13,9 @@ from torch import Tensor
 from ntk_monitor.engines.structured import engine as structured
 from ntk_monitor.engines.structured.contraction import _HALVED
 from ntk_monitor.engines.structured.costs import BLOCK_BYTES, Sizes, gradients_seconds, pairs_seconds, rates, route
+from ntk_monitor.engines.structured.held import early, needed, small
 from ntk_monitor.engines.structured.operations import Contraction, Local, Matrix, Table, Value
-from ntk_monitor.engines.structured.recording import Side, needed
+from ntk_monitor.engines.structured.recording import Side
 from ntk_monitor.engines.structured.samples import Axis
 from ntk_monitor.engines.structured.tap import Operation
 from ntk_monitor.engines.structured.units import Unit, units_of
@@ -47,11 +48,16 @@ class Layers:
         n = len(side.y)
         self._job = structured._Job(seen.network, [side], seen.layout, lambda _: "", {}, seen.work, (n, n))
         self.units = units_of(seen.network, [side], lambda _: "", weighted=False)
-        stacked = not side.attached and needed(side, "full") <= structured._STACKED_BYTES
-        self.steps = 1 if self._full or stacked else seen.outputs
+        self.steps = 1 if self._full or (small(side) and not side.attached) else seen.outputs
         """Times that all parameters are contracted."""
         self._width = seen.outputs // self.steps
+        separate = self._full and not small(side)
+        self._early = early(self.units, side, seen.network, seen.work) if separate else []
         self._results = sum(math.prod(out.shape) for o in side.operations for out in o.outs) * self._item
+
+    def needed(self) -> int:
+        """Return the bytes of gradients that are held at a time, for the samples that were recorded."""
+        return needed(self._side, self._seen.layout, self.units, self._seen.network, self._seen.work)
 
     def operations(self, name: str) -> tuple[str, ...]:
         """Return the names of the operations that a parameter enters."""
@@ -73,7 +79,7 @@ class Layers:
         if not uses and unit.parameter not in self._side.attached:
             return Part("not reached", 0.0, 0, 0)
         if unit.kind == "factors":
-            return self._factors(uses, n, m, symmetric)
+            return self._factors(uses, n, m, symmetric, by_output=unit in self._early)
         root = self._seen.network.parameters[unit.parameter]
         width = root.numel()
         if unit.kind == "table":
@@ -101,7 +107,7 @@ class Layers:
         results = pairs if seen.layout != "trace" else n * m
         return self._clock.product(half * pairs * width, n * c * width, results, seen.work)
 
-    def _factors(self, places: list[tuple[int, int]], n: int, m: int, symmetric: bool) -> Part:
+    def _factors(self, places: list[tuple[int, int]], n: int, m: int, symmetric: bool, *, by_output: bool) -> Part:
         seen, c, full = self._seen, self._width, self._full
         uses = [(self._side.operations[k], i) for k, i in places]
         operation = uses[0][0]
@@ -109,12 +115,14 @@ class Layers:
         _, _, q, r = operation.sizes()
         t = sum(self._positions(o) for o, _ in uses)
         sizes = Sizes(n, m, c, t, t, q, r, seen.outputs)
-        way = route(sizes, seen.layout, seen.work, symmetric)
+        way = "gradients" if by_output else route(sizes, seen.layout, seen.work, symmetric)
         patches = sum(n * self._positions(o) * q * self._item for o, _ in uses if _unfolds(o))
-        if way == "gradients" and operation.shifts and (full or patches > structured._KEPT_BYTES):
+        if way == "gradients" and operation.shifts and (full > by_output or patches > structured._KEPT_BYTES):
             patches = 0  # taken as shifted views
-        turned = n * c * t * r * self._item
+        # One output's gradients are multiplied as they are, and their products are put behind those of the others.
+        turned = n * c * (q if by_output else t) * r * self._item
         seconds = (turned + patches / (1 if full else self.steps)) / self._speeds.memory
+        turned = 0 if by_output else turned
         wide = 8 if seen.work == torch.float64 else 4
         if way == "hadamard":
             half = _halved(n) if symmetric else 1.0
@@ -124,7 +132,7 @@ class Layers:
         elif way == "gradients":
             seconds += gradients_seconds(sizes, seen.layout, seen.work, symmetric, self._rates)
             seconds += 8 * -(-r * n * c * q * self._item // BLOCK_BYTES) * self._speeds.call
-            held = min(max(BLOCK_BYTES, n * c * q * self._item), n * c * q * r * self._item)
+            held = min(max(BLOCK_BYTES, n * c * q * self._item), n * c * q * r * self._item) // (c if by_output else 1)
         else:
             seconds += pairs_seconds(sizes, seen.layout, seen.work, symmetric, self._rates)
             block = min(n * t, max(t, 1024))

@@ -12,7 +12,8 @@ from torch import Tensor
 from ntk_monitor.batch import Batch, size, take
 from ntk_monitor.engines.contract import Layout
 from ntk_monitor.engines.speeds import Clock, speeds
-from ntk_monitor.engines.structured.recording import SharedValueError, Side, located, needed, recorded
+from ntk_monitor.engines.structured.held import of_one_output
+from ntk_monitor.engines.structured.recording import SharedValueError, Side, located, recorded
 from ntk_monitor.engines.structured.tap import UnfollowedError
 from ntk_monitor.engines.work import Meter
 from ntk_monitor.errors import NTKMonitorError, said
@@ -110,7 +111,7 @@ class _Look:
         with self.meter:
             side = recorded(self._network, self._inputs)
         self.y = side.y
-        self.needed = needed(side, "trace") // 2
+        self.needed = of_one_output(side)
         step = n
         while 2 * self.needed * step > self._limit * n and step > 1:
             step = -(-step // 2)

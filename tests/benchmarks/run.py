@@ -76,7 +76,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", type=_names, default=(), help="methods beside the yardstick, with commas between")
     add("--quantities", type=_names, default=(), help="trace, full or both")
     add("--repeats", type=int, help="turns of every method; default: 5, quick: 2")
-    add("--limit", type=float, default=120, help="seconds for one run of a method, and for all its turns")
+    add("--limit", type=float, default=30, help="seconds for one run of a method, and for all its turns")
     add(
         "--memory", type=float, default=12, help="GiB that a process may hold; a miss of this or of --limit is a result"
     )

@@ -231,22 +231,36 @@ def _gradients(
 
 def _shifted(gram: Gram, left: Factors, right: Factors | None, classes: slice, weight: Tensor | None) -> None:
     """The same for a convolution, one kernel element at a time."""
-    sides = []
-    for side in [left] if right is None else [left, right]:
-        assert side.padded is not None
-        assert side.padded_gradient is not None
-        sides.append((side.padded(), side.padded_gradient()))
-    x, g = sides[0]
-    n, c, _, r = g.shape
-    q = x.shape[2]
-    for block in _channels(r, x.element_size() * n * c * q):
+    sides = [side for side in (left, right) if side is not None]
+    inputs, gradients = [_made(side.padded) for side in sides], [_made(side.padded_gradient) for side in sides]
+    (n, c, _, r), q = gradients[0].shape, inputs[0].shape[2]
+    for block in _channels(r, inputs[0].element_size() * n * c * q):
+        turned = [_turned(g[..., block]) for g in gradients]
         for k in range(len(left.offsets)):
             scale = None if weight is None else weight[block, k * q : (k + 1) * q]
             found = []
-            for side, (x, g), memory in zip((left, right or left), sides, (gram.buffer, None), strict=False):
-                view = x[:, side.offsets[k] : side.offsets[k] + g.shape[2]]
-                found.append(per_sample(view, g[..., block], scale, memory).flatten(2))
+            for side, x, d, memory in zip(sides, inputs, turned, (gram.buffer, None), strict=False):
+                view = x[:, side.offsets[k] : side.offsets[k] + d.shape[2]]
+                found.append(_multiplied(view, d, c, scale, memory).flatten(2))
             gram.rows(found[0], found[1] if right is not None else None, classes)
+
+
+def jacobian(side: Factors, buffer: Callable[[tuple[int, ...], Tensor], Tensor]) -> Float[Tensor, "n c r q"]:
+    """Return J (N, C, R, Q) of one weight, whole; `buffer` as in `per_sample`."""
+    if not side.offsets:
+        return per_sample(side.inputs(), side.gradient(), None, buffer)
+    x, d = _made(side.padded), _turned(_made(side.padded_gradient))
+    q = x.shape[2]
+    found = x.new_empty(len(x), side.classes, side.channels, len(side.offsets) * q)
+    for k, offset in enumerate(side.offsets):
+        view = x[:, offset : offset + d.shape[2]]
+        found[..., k * q : (k + 1) * q] = _multiplied(view, d, side.classes, None, buffer)
+    return found
+
+
+def _made(make: Callable[[], Tensor] | None) -> Tensor:
+    assert make is not None
+    return make()
 
 
 def _channels(r: int, bytes_per_channel: int) -> list[slice]:
@@ -266,10 +280,22 @@ def per_sample(
 
     `buffer`: (shape, like) → memory to write to; fresh memory of some MiB would cost as much as the products.
     """
-    n, c, t, r = g.shape
-    turned = g[:, 0].transpose(1, 2) if c == 1 else g.transpose(2, 3).reshape(n, c * r, t)
-    out = None if buffer is None else buffer((n, c * r, a.shape[2]), a)
-    found = torch.bmm(turned, a, out=out).view(n, c, r, a.shape[2])
+    return _multiplied(a, _turned(g), g.shape[1], weight, buffer)
+
+
+def _turned(g: Float[Tensor, "n c t r"]) -> Float[Tensor, "n cr t"]:
+    return g[:, 0].transpose(1, 2) if g.shape[1] == 1 else g.transpose(2, 3).reshape(len(g), -1, g.shape[2])
+
+
+def _multiplied(
+    a: Float[Tensor, "n t q"],
+    turned: Float[Tensor, "n cr t"],
+    c: int,
+    weight: Tensor | None,
+    buffer: Callable[[tuple[int, ...], Tensor], Tensor] | None,
+) -> Float[Tensor, "n c r q"]:
+    out = None if buffer is None else buffer((len(a), turned.shape[1], a.shape[2]), a)
+    found = torch.bmm(turned, a, out=out).view(len(a), c, -1, a.shape[2])
     return found if weight is None else found * weight
 
 

@@ -1,7 +1,7 @@
 """Puts the structured kernel together: record, ask whose position is whose, then contract layer by layer.
 
-Memory: the activations of one forward pass, their gradients for one output (all outputs for the full kernel, or for
-networks without positions), and one layer's blocks. Never a Jacobian of the whole network.
+Memory: the activations of one forward pass, their gradients for one output, and one layer's blocks; for the full kernel
+the gradients for all outputs, or the Jacobian of a layer where that is smaller.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +13,18 @@ from torch import Tensor
 
 from ntk_monitor.batch import Batch, size
 from ntk_monitor.engines.contract import Layout
-from ntk_monitor.engines.structured.contraction import INNER, Factors, Gram, contract
+from ntk_monitor.engines.structured.contraction import INNER, Factors, Gram, contract, jacobian
+from ntk_monitor.engines.structured.held import early, late, needed, small
 from ntk_monitor.engines.structured.operations import Matrix, Table, scattered
 from ntk_monitor.engines.structured.recording import (
+    Gradients,
     SharedValueError,
     Side,
+    Stack,
     cotangent,
     located,
-    needed,
     recorded,
+    single,
     stacked,
 )
 from ntk_monitor.engines.structured.tap import Operation, UnfollowedError
@@ -30,9 +33,6 @@ from ntk_monitor.network import Network
 
 _KEPT_BYTES = 24 * 2**20
 """Inputs of convolutions, laid out as matrices, that are kept from one output to the next."""
-
-_STACKED_BYTES = 2**20
-"""Gradients of all outputs are treated together below this size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,10 @@ def structured_gram(  # noqa: PLR0913 - one kernel
     sides = []
     for batch in [inputs] if other is None else [inputs, other]:
         side = recorded(network, batch)
-        if memory_limit is not None and (wanted := needed(side, layout)) > memory_limit:
-            raise TooLargeError(f"gradients of activations take {wanted / 2**20:.0f} MiB")
+        if memory_limit is not None:
+            units = units_of(network, [side], group, weighted=bool(scale))
+            if (wanted := needed(side, layout, units, network, work)) > memory_limit:
+                raise TooLargeError(f"gradients take {wanted / 2**20:.0f} MiB")
         # In float64 a trace is taken output by output, so that casts to float32 inside the network round as autograd's.
         rotate = layout == "trace" and network.dtype != torch.float64
         try:
@@ -116,23 +118,72 @@ class _Job:
         self._waiting: dict[Any, _Waiting] = {}
         self._keeps: dict[int, bool] = {}
         self._promised: dict[int, int] = {}
+        self._again = layout != "full"
+        """Whether inputs are asked for output by output."""
 
     def run(self) -> tuple[dict[str, Tensor], list[Line]]:
         units = units_of(self._network, self._sides, self._group, weighted=bool(self._scale))
         side = self._sides[0]
-        # Gradients of all outputs at once where they are small, for the sake of few calls.
-        together = self._layout == "full" or (not side.attached and needed(side, "full") <= _STACKED_BYTES)
-        step = self._outputs if together else 1
         for name in self._network.parameters:
             self._gram(name)
-        for start in range(0, self._outputs, step):
-            classes = range(start, min(start + step, self._outputs))
-            gradients = [stacked(s, classes) for s in self._sides]
-            for unit in units:
-                self._add(unit, gradients, classes)
+        if self._layout == "full" and not small(side):
+            self._full(units)
+        else:
+            step = self._outputs if self._layout == "full" or (small(side) and not side.attached) else 1
+            for start in range(0, self._outputs, step):
+                classes = range(start, min(start + step, self._outputs))
+                gradients = [stacked(s, classes) for s in self._sides]
+                for unit in units:
+                    self._add(unit, gradients, classes)
         self._finish()
         found = {key: gram.finished() for key, gram in self._grams.items()}
         return found, [self._line(name) for name in self._network.parameters]
+
+    def _full(self, units: list[Unit]) -> None:
+        """Add the units whose every output meets every other: what is smaller is held until all outputs are there."""
+        formed = early(units, self._sides[0], self._network, self._work)
+        others, places = late(units, formed)
+        rows: dict[int, list[Tensor | None]] = {k: [None] * len(self._sides) for k in range(len(formed))}
+        stacks = [Stack(side, self._outputs, places) for side in self._sides]
+        for c in range(self._outputs):
+            for s, (side, stack) in enumerate(zip(self._sides, stacks, strict=True)):
+                found = single(side, c)
+                self._again = True
+                for k, unit in enumerate(formed):
+                    rows[k][s] = self._formed(side, found, unit, c, rows[k][s])
+                self._again = False
+                stack.add(found, c)
+        everything = range(self._outputs)
+        for k, unit in enumerate(formed):
+            self._add_rows(unit, rows.pop(k), everything)
+            self._routes[unit.parameter] = "gradients" if unit.kind == "factors" else self._dense(unit)
+        for unit in others:
+            self._add(unit, [stack.gradients for stack in stacks], everything)
+
+    def _formed(self, side: Side, found: Gradients, unit: Unit, c: int, rows: Tensor | None) -> Tensor | None:
+        """Write the per-sample gradients of output c into rows (N, C, p), which are made where there are none."""
+        if unit.kind == "factors":
+            factors = self._factors(side, found, unit)
+            part = None if factors is None else jacobian(factors, self._gram(unit.parameter).buffer)
+        else:
+            part = self._jacobian(side, found, unit, range(c, c + 1))
+        if part is None:
+            return rows
+        if rows is None:
+            rows = part.new_zeros(len(part), self._outputs, *part.shape[2:])
+        rows[:, c] = part[:, 0]
+        return rows
+
+    def _add_rows(self, unit: Unit, rows: list[Tensor | None], classes: range) -> None:
+        """Contract per-sample gradients, (N, C', p) or (N, C', R, Q)."""
+        if any(r is None for r in rows):
+            return
+        if self._scale:
+            root = self._weight(unit) if unit.kind == "factors" else self._scale[unit.parameter]
+            rows = [None if r is None or root is None else r * root for r in rows]
+        left, *right = (None if r is None else r.flatten(2) for r in rows)
+        assert left is not None
+        self._gram(unit.parameter).rows(left, right[0] if right else None, slice(classes.start, classes.stop))
 
     def _gram(self, parameter: str) -> Gram:
         key = self._group(parameter)
@@ -153,7 +204,7 @@ class _Job:
             names.append("not recognised")
         return Line(name, tuple(dict.fromkeys(names)), self._routes.get(name, "not reached"))
 
-    def _add(self, unit: Unit, gradients: list[list[list[Tensor | None]]], classes: range) -> None:
+    def _add(self, unit: Unit, gradients: list[Gradients], classes: range) -> None:
         gram = self._gram(unit.parameter)
         chosen = slice(classes.start, classes.stop)
         if unit.kind == "factors":
@@ -167,15 +218,15 @@ class _Job:
         if unit.kind == "table":
             way = self._add_table(gram, unit, gradients, chosen)
         else:
-            parts = [self._jacobian(s, g, unit, classes) for s, g in zip(self._sides, gradients, strict=True)]
-            if any(p is None for p in parts):
+            rows = [self._jacobian(s, g, unit, classes) for s, g in zip(self._sides, gradients, strict=True)]
+            if any(r is None for r in rows):
                 return
-            if self._scale:
-                parts = [None if p is None else p * self._scale[unit.parameter] for p in parts]
-            assert parts[0] is not None
-            gram.rows(parts[0], parts[1] if len(parts) > 1 else None, chosen)
-            way = "per-sample gradients" if unit.parameter not in self._sides[0].attached else "rows"
+            self._add_rows(unit, rows, classes)
+            way = self._dense(unit)
         self._routes[unit.parameter] = way
+
+    def _dense(self, unit: Unit) -> str:
+        return "per-sample gradients" if unit.parameter not in self._sides[0].attached else "rows"
 
     def _add_factors(self, unit: Unit, left: Factors, right: Factors | None, classes: range) -> None:
         """Contract a weight now, or with the gradients of several outputs once they are there: one long product."""
@@ -228,7 +279,7 @@ class _Job:
         offset = source.storage_offset() - root.storage_offset()
         return operation.matrix(i, diagonal.as_strided(source.shape, source.stride(), offset))
 
-    def _factors(self, side: Side, gradients: list[list[Tensor | None]], unit: Unit) -> Factors | None:
+    def _factors(self, side: Side, gradients: Gradients, unit: Unit) -> Factors | None:
         uses = []
         for k, _ in unit.uses:
             operation, g = side.operations[k], gradients[k][0]
@@ -271,7 +322,7 @@ class _Job:
     def _room(self, side: Side, k: int, wanted: int) -> bool:
         """True when inputs of so many bytes are kept already, or may be."""
         if k not in self._keeps:
-            self._keeps[k] = self._layout != "full" and sum(self._promised.values()) + wanted <= _KEPT_BYTES
+            self._keeps[k] = self._again and sum(self._promised.values()) + wanted <= _KEPT_BYTES
             self._promised[k] = wanted if self._keeps[k] else 0
         return self._keeps[k]
 
@@ -285,7 +336,7 @@ class _Job:
             side.kept[k] = a
         return a
 
-    def _add_table(self, gram: Gram, unit: Unit, gradients: list[list[list[Tensor | None]]], classes: slice) -> str:
+    def _add_table(self, gram: Gram, unit: Unit, gradients: list[Gradients], classes: slice) -> str:
         (k, _), picked = unit.uses[0], []
         for side, g in zip(self._sides, gradients, strict=True):
             operation, own = side.operations[k], g[k][0]
@@ -302,7 +353,7 @@ class _Job:
         gram.rows(dense[0], dense[1] if len(dense) > 1 else None, classes)
         return "rows of the table"
 
-    def _jacobian(self, side: Side, gradients: list[list[Tensor | None]], unit: Unit, classes: range) -> Tensor | None:
+    def _jacobian(self, side: Side, gradients: Gradients, unit: Unit, classes: range) -> Tensor | None:
         """Return J (N, C', p) of one parameter: the sum over all its uses, recorded and missed."""
         root = self._network.parameters[unit.parameter]
         total: Tensor | None = None

@@ -1,23 +1,24 @@
 """One batch, recorded: a forward pass under the tap, and the samples found in every operation's output."""
 
 import contextlib
-import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ntk_monitor.batch import Batch, size, tensors
-from ntk_monitor.engines.contract import Layout
 from ntk_monitor.engines.structured import samples
 from ntk_monitor.engines.structured.operations import Matrix, Value
 from ntk_monitor.engines.structured.otherwise import otherwise
 from ntk_monitor.engines.structured.rules import RULES
 from ntk_monitor.engines.structured.tap import Operation, Tap, UnfollowedError, reached
 from ntk_monitor.network import Network
+
+Gradients: TypeAlias = list[list[Tensor | None]]
+"""By operation and by result of it."""
 
 
 class CoupledError(UnfollowedError):
@@ -34,7 +35,7 @@ class Side:
     kept: dict[int, Any] = field(default_factory=dict)
     basis: Tensor | None = None
     """Orthonormal basis of the outputs that stands in their place, (C, C)."""
-    gradients: list[list[Tensor | None]] = field(default_factory=list)
+    gradients: Gradients = field(default_factory=list)
 
 
 def recorded(network: Network, inputs: Batch, *, values: bool = True) -> Side:
@@ -102,7 +103,7 @@ def _basis(y: Tensor) -> Tensor:
     return basis.to(y.device, y.dtype)
 
 
-def _lay_out(side: Side, u: Tensor, first: list[list[Tensor | None]]) -> None:
+def _lay_out(side: Side, u: Tensor, first: Gradients) -> None:
     # The narrowest dtype inside decides how many powers of two there are.
     half = any(g is not None and g.dtype == torch.float16 for part in first for g in part)
     dtype = torch.float16 if half else side.y.dtype
@@ -113,7 +114,7 @@ def _lay_out(side: Side, u: Tensor, first: list[list[Tensor | None]]) -> None:
 
     scale = scaled()
     second = backward(side, scale[:, None] * u)
-    passes: list[list[list[Tensor | None]]] = []
+    passes: list[Gradients] = []
     for k, operation in enumerate(side.operations):
         for j, out in enumerate(operation.outs):
             a, b = first[k][j], second[k][j]
@@ -139,7 +140,7 @@ class SharedValueError(UnfollowedError):
     """A tapped source is shared by the samples; its parameters have to stay attached."""
 
 
-def backward(side: Side, cotangent: Tensor) -> list[list[Tensor | None]]:
+def backward(side: Side, cotangent: Tensor) -> Gradients:
     """Return the gradient of every output of every operation for one cotangent (N, C)."""
     edges = [out.edge for operation in side.operations for out in operation.outs]
     if not edges:
@@ -153,23 +154,46 @@ def backward(side: Side, cotangent: Tensor) -> list[list[Tensor | None]]:
     ]
 
 
-def stacked(side: Side, classes: range) -> list[list[Tensor | None]]:
-    """Return gradients (C', *shape) for these outputs, or vectors of the basis; empty operations have none."""
-    result: list[list[Tensor | None]] = [[None] * len(o.outs) for o in side.operations]
-    for i, c in enumerate(classes):
-        ready, side.gradients = (side.gradients, []) if c == 0 else ([], side.gradients)
-        for k, part in enumerate(ready or backward(side, cotangent(side, c))):
-            for j, g in enumerate(part):
-                if g is None or side.operations[k].outs[j].layout is None or not g.numel():
+def single(side: Side, c: int) -> Gradients:
+    """Return gradients (1, *shape) for output c, or vector c of the basis; empty operations have none."""
+    ready, side.gradients = (side.gradients, []) if c == 0 else ([], side.gradients)
+    found = ready or backward(side, cotangent(side, c))
+    return [
+        [
+            None if g is None or out.layout is None or not g.numel() else g[None]
+            for g, out in zip(part, o.outs, strict=True)
+        ]
+        for part, o in zip(found, side.operations, strict=True)
+    ]
+
+
+class Stack:
+    """Gradients (C', *shape) of several outputs, put behind each other as they come; zero where one has none."""
+
+    def __init__(self, side: Side, outputs: int, places: Collection[int]) -> None:
+        self.gradients: Gradients = [[None] * len(operation.outs) for operation in side.operations]
+        self._outputs, self._places = outputs, places
+
+    def add(self, found: Gradients, i: int) -> None:
+        """Copy the gradients of the i-th output at the chosen operations."""
+        for k in self._places:
+            for j, g in enumerate(found[k]):
+                if g is None:
                     continue
-                if len(classes) == 1:
-                    result[k][j] = g[None]
-                    continue
-                stack = result[k][j]
+                stack = self.gradients[k][j]
                 if stack is None:
-                    stack = result[k][j] = g.new_zeros(len(classes), *g.shape)
-                stack[i] = g
-    return result
+                    stack = self.gradients[k][j] = g.new_zeros(self._outputs, *g.shape[1:])
+                stack[i] = g[0]
+
+
+def stacked(side: Side, classes: range) -> Gradients:
+    """Return gradients (C', *shape) for these outputs, or vectors of the basis; empty operations have none."""
+    if len(classes) == 1:
+        return single(side, classes.start)
+    stack = Stack(side, len(classes), range(len(side.operations)))
+    for i, c in enumerate(classes):
+        stack.add(single(side, c), i)
+    return stack.gradients
 
 
 def cotangent(side: Side, c: int) -> Tensor:
@@ -179,9 +203,3 @@ def cotangent(side: Side, c: int) -> Tensor:
     found = torch.zeros_like(side.y)
     found[:, c] = 1
     return found
-
-
-def needed(side: Side, layout: Layout) -> int:
-    """Return the bytes of the gradients that are held at a time."""
-    one = sum(math.prod(out.shape) for operation in side.operations for out in operation.outs) * side.y.element_size()
-    return one * (side.y.shape[1] + 1 if layout == "full" else 2)
