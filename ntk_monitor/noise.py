@@ -15,6 +15,9 @@ from ntk_monitor.errors import InputError
 
 Array = NDArray[np.float64]
 
+LEAST = 3
+"""Samples that a noise scale needs at least."""
+
 # An estimate this many standard errors above zero is told from zero.
 _RESOLVED = 2.0
 
@@ -105,8 +108,8 @@ def noise_scale(gram: Array) -> NoiseScale:
     Cost: O(m²). Source: McCandlish et al. 2018, "An empirical model of large-batch training", appendix A.
     """
     m = len(gram)
-    if gram.shape != (m, m) or m < 3:
-        raise InputError(f"a noise scale needs the (m, m) Gram matrix of 3 or more samples, got {gram.shape}")
+    if gram.shape != (m, m) or m < LEAST:
+        raise InputError(f"a noise scale needs the (m, m) Gram matrix of {LEAST} or more samples, got {gram.shape}")
     norms = np.diag(gram)
     pairs = gram.sum(axis=1) - norms
     total = pairs.sum()

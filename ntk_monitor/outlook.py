@@ -28,7 +28,7 @@ from ntk_monitor.look import Now, Outlook, Since
 from ntk_monitor.losses import Terms
 from ntk_monitor.memory import out_of_memory, release
 from ntk_monitor.metrics import METRICS, NAMES, Measured, evaluate
-from ntk_monitor.noise import NoiseScale, gradient_gram, noise_scale, pooled
+from ntk_monitor.noise import LEAST, NoiseScale, gradient_gram, noise_scale, pooled
 from ntk_monitor.optimizers import OptimizerState, read
 from ntk_monitor.probe import Probe
 from ntk_monitor.recipe import Recipe
@@ -200,8 +200,11 @@ class Watch:
             gram = gradient_gram(now.values, now.terms.gradient)
         else:
             return
-        scale = noise_scale(gram)
         found.facts["gradient_norm"] = float(np.sqrt(max(0.0, gram.mean())))
+        if len(gram) < LEAST:
+            found.texts["noise"] = f"not measured: a noise scale needs {LEAST} probe samples or more, got {len(gram)}"
+            return
+        scale = noise_scale(gram)
         if now.batch_size is not None:
             found.facts["batch_gradient_norm"] = float(np.sqrt(max(0.0, scale.signal + scale.noise / now.batch_size)))
         if coupled(self._model):

@@ -288,6 +288,15 @@ def test_noise_is_off_where_samples_are_coupled() -> None:
     assert not {"noise_scale", "noise_scale_bound"} & {*coupled.metrics, *coupled.facts}
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_smallest_probes_say_what_they_are_too_small_for(samples: int) -> None:
+    run = Run()
+    found = Run(strict=True, reference=None, probe=(run.x[:samples], run.y[:samples])).second()
+    assert found.texts["noise"] == f"not measured: a noise scale needs 3 probe samples or more, got {samples}"
+    assert found.facts["gradient_norm"] > 0
+    assert not {"noise_scale", "noise_scale_bound"} & {*found.metrics, *found.facts}
+
+
 def test_wrapped_modules_are_seen_through() -> None:
     module = net()
     whole = Run(nn.DataParallel(module), torch.optim.SGD(list(module.parameters())[:2], lr=0.3), strict=True).second()
