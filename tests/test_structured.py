@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntk_monitor.engines.structured import contraction, engine, held, samples
+from ntk_monitor.engines.structured.recording import recorded
+from ntk_monitor.engines.structured.units import Unit, units_of
 from ntk_monitor.errors import NetworkError
 from ntk_monitor.kernel import empirical_ntk, measured
+from ntk_monitor.network import Network
 from tests.cases import Case, Lambda, cnn_batchnorm
 from tests.zoo import ZOO, lively
 from tests.zoo_transformers import ATTENTION
@@ -424,6 +427,52 @@ def test_the_route_changes_nothing(case: Drawn, way: str, size: int) -> None:
         "not reached",
     }
     assert_close(found.values, usual, 1e-11, 1e-300)
+
+
+@settings(max_examples=30)
+@given(case=drawn(), formed=st.sampled_from(["smaller", "all", "none"]))
+def test_what_is_held_for_a_full_kernel_changes_nothing(case: Drawn, formed: str) -> None:
+    held_matters(case, formed)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(case=drawn(), formed=st.sampled_from(["smaller", "all", "none"]))
+def test_what_is_held_for_many_full_kernels_changes_nothing(case: Drawn, formed: str) -> None:
+    held_matters(case, formed)
+
+
+def _possible(unit: Unit, *_: Any) -> bool:
+    return unit.kind != "table" and unit.bias is None and bool(unit.uses)
+
+
+def held_matters(case: Drawn, formed: str) -> None:
+    x, x2 = case.batch(case.samples), case.batch(case.columns) if case.columns else None
+    d = {name: torch.rand_like(p) for name, p in case.program.named_parameters()} if case.weighted else None
+    options: dict[str, Any] = {"forward": case.head, "outputs": "full", "engine": "structured", "preconditioner": d}
+    usual = empirical_ntk(case.program, x, x2, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held, "STACKED_BYTES", 0)
+        if formed != "smaller":
+            patch.setattr(held, "_lean", _possible if formed == "all" else lambda *_: False)
+        found = empirical_ntk(case.program, x, x2, **options)
+    assert_close(found, usual, 1e-11, 1e-300)
+
+
+def test_a_full_kernel_holds_the_jacobian_of_early_convolutions_and_the_gradients_of_late_ones() -> None:
+    early, late = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 64, 3, padding=1)
+    model = nn.Sequential(early, nn.Tanh(), nn.AvgPool2d(8), late, nn.Flatten(), nn.Linear(64 * 16, 5)).double()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    network = Network(model)
+    side = recorded(network, x)
+    units = units_of(network, [side], str, weighted=False)
+    formed = {unit.parameter for unit in held.early(units, side, network, torch.float64)}
+    assert formed == {"0.weight", "0.bias"}
+    rows, results = sum(p.numel() for p in early.parameters()), 64 * 16 + 5
+    one = 4 * 32 * 32 + results
+    assert held.needed(side, "full", units, network, torch.float64) == 8 * 3 * (one + 5 * (rows + results))
+    same_as_rows(model, x)
+    same_as_rows(model, x, x[:2] + 1)
 
 
 @settings(max_examples=20)

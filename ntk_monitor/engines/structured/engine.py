@@ -5,7 +5,7 @@ the gradients for all outputs, or the Jacobian of a layer where that is smaller.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from ntk_monitor.engines.structured.recording import (
 )
 from ntk_monitor.engines.structured.tap import Operation, UnfollowedError
 from ntk_monitor.engines.structured.units import Unit, units_of
+from ntk_monitor.engines.structured.waiting import Waiting
 from ntk_monitor.network import Network
 
 _KEPT_BYTES = 24 * 2**20
@@ -115,7 +116,7 @@ class _Job:
         self._grams: dict[str, Gram] = {}
         self._routes: dict[str, str] = {}
         self._made: dict[Any, dict[int, Tensor]] = {}
-        self._waiting: dict[Any, _Waiting] = {}
+        self._waiting: dict[Any, Waiting] = {}
         self._keeps: dict[int, bool] = {}
         self._promised: dict[int, int] = {}
         self._again = layout != "full"
@@ -235,7 +236,7 @@ class _Job:
         if several and not self._scale:
             key = (unit.parameter, left.uses)
             if key not in self._waiting:
-                self._waiting[key] = _Waiting(unit, left, right, self._outputs)
+                self._waiting[key] = Waiting(unit, left, right, self._outputs)
             waiting = self._waiting[key]
             waiting.hold(left, right, classes.start)
             if waiting.full:
@@ -381,45 +382,6 @@ class _Job:
                 if g is not None:
                     found[n, i] = g.to_dense().flatten()
         return found
-
-
-class _Waiting:
-    """Gradients of a layer with one position per sample, side by side for as many outputs as one product takes.
-
-    They are copies, so that nothing else of a backward pass stays in memory.
-    """
-
-    def __init__(self, unit: Unit, left: Factors, right: Factors | None, outputs: int) -> None:
-        self.unit = unit
-        self.held = 0
-        self._first = 0
-        self._room = min(outputs, INNER // left.channels)
-        self._factors = [f for f in (left, right) if f is not None]
-        self._gradients = [f.inputs().new_empty(f.sizes[0], self._room, 1, f.channels) for f in self._factors]
-
-    @property
-    def full(self) -> bool:
-        """True when what is held has to be taken before more comes."""
-        return self.held == self._room
-
-    def hold(self, left: Factors, right: Factors | None, c: int) -> None:
-        """Copy the gradients of output c, the next one."""
-        self._first = c if not self.held else self._first
-        for kept, factors in zip(self._gradients, [left, right], strict=False):
-            assert factors is not None
-            kept[:, self.held : self.held + 1] = factors.gradient()
-        self.held += 1
-
-    def taken(self) -> tuple[Factors, Factors | None, slice]:
-        """Return both sides with the gradients of the outputs held, and which those are; right is None where it was."""
-        left, *right = map(_with_gradients, self._factors, [g[:, : self.held] for g in self._gradients])
-        outputs = slice(self._first, self._first + self.held)
-        self.held = 0
-        return left, right[0] if right else None, outputs
-
-
-def _with_gradients(factors: Factors, g: Tensor) -> Factors:
-    return replace(factors, classes=g.shape[1], gradient=lambda: g)
 
 
 def _trace(operation: Operation) -> tuple[Any, ...]:

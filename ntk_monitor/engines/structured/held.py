@@ -59,7 +59,7 @@ def small(side: Side) -> bool:
 
 
 def _lean(unit: Unit, side: Side, network: Network, work: torch.dtype) -> bool:
-    if unit.kind == "table" or not unit.uses:
+    if unit.kind == "table" or unit.bias is not None or not unit.uses:
         return False
     results = sum(_results(side, k) for k in _places([unit]))
     if len(side.y) * _width(unit, side, network) >= results:
