@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ntk_monitor.engines.structured import contraction, engine, held, samples
+from ntk_monitor.engines.structured import contraction, engine, held, samples, waiting
 from ntk_monitor.engines.structured.recording import recorded
 from ntk_monitor.engines.structured.units import Unit, units_of
 from ntk_monitor.errors import NetworkError
@@ -765,6 +765,7 @@ def test_gradients_wait_for_those_of_as_many_outputs_as_one_product_takes(
     monkeypatch.setattr(engine, "contract", counted)
     monkeypatch.setattr(held, "STACKED_BYTES", 0)
     monkeypatch.setattr(engine, "INNER", terms)
+    monkeypatch.setattr(waiting, "INNER", terms)
     model = nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 5)).double()
     x = torch.randn(7, 6, dtype=torch.float64)
     empirical_ntk(model, x, outputs="trace")  # checked against autograd at its first use
