@@ -777,3 +777,17 @@ def test_gradients_wait_for_those_of_as_many_outputs_as_one_product_takes(
     assert sorted(k for one in calls for k in range(5)[one]) == sorted([*range(5), *range(5)])
     cross = empirical_ntk(model, x, x[:3] + 1, outputs="trace")
     assert_close(cross, empirical_ntk(model, x, x[:3] + 1, outputs="trace", engine="rows"))
+
+
+@pytest.mark.parametrize("layout", ["full", "trace"])
+def test_long_sums_over_pairs_of_positions_end_in_double_precision(layout: Any) -> None:
+    # All terms of one sign, so that rounding adds up instead of cancelling.
+    a, g = torch.rand(2, 64, 3) + 0.5, torch.rand(2, 2, 64, 700) + 0.5
+    factors = contraction.Factors((2, 64, 3), 700, 2, gradient=lambda: g, inputs=lambda: a)
+    gram = contraction.Gram(layout, (2, 2, 2), symmetric=True, work=torch.float32, device=a.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contraction, "route", lambda *_: "pairs")
+        contraction.contract(gram, factors, None, slice(0, 2))
+    rows = torch.einsum("nctr,ntq->ncrq", g.double(), a.double()).flatten(2)
+    wanted = torch.einsum("ncp,mdp->ncmd", rows, rows)
+    assert_close(gram.finished(), wanted if layout == "full" else torch.einsum("ncmc->nm", wanted), 2e-7)

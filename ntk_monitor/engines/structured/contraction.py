@@ -336,9 +336,13 @@ def _pairs_full(
     carried = h.permute(0, 2, 3, 1).to(work, memory_format=torch.contiguous_format).reshape(m, s, r * c)
     mine = g.reshape(n, c, t * r).to(work)
     moved = carried.new_empty(m, t, r * c)
+    width = INNER if work == torch.float32 else t * r
     for row in range(n):
         last = row + 1 if gram.symmetric else m
         w = (b[: last * s] @ a[row].T).view(last, s, t).transpose(1, 2)
         torch.bmm(w, carried[:last], out=moved[:last])  # Σ_s (a_t · b_s) h_s
-        found = torch.matmul(mine[row], moved[:last].view(last, t * r, c)).transpose(0, 1)
-        gram.block(slice(row, row + 1), slice(0, last), classes, found[None])
+        found = torch.zeros(last, c, c, dtype=torch.float64, device=a.device)
+        for start in range(0, t * r, width):
+            terms = slice(start, start + width)
+            found += mine[row, :, terms] @ moved[:last].view(last, t * r, c)[:, terms]
+        gram.block(slice(row, row + 1), slice(0, last), classes, found.transpose(0, 1)[None])
