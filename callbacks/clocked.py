@@ -11,7 +11,7 @@ _Hook = TypeVar("_Hook", bound=Callable[..., None])
 def clocked(hook: _Hook) -> _Hook:
     """Decorate a hook that is called at every step: what its own parts have not accounted for is paid at its end.
 
-    The callback has an attribute `monitor`, a Monitor or None.
+    The callback has an attribute `monitor`, a Monitor or None, and a Session.
     """
 
     @wraps(hook)
@@ -26,6 +26,6 @@ def clocked(hook: _Hook) -> _Hook:
             hook(self, *arguments, **named)
         finally:
             accounted -= schedule.spent + schedule.excused
-            schedule.pay(max(0.0, time.perf_counter() - start + accounted))
+            self._session.charge(schedule, max(0.0, time.perf_counter() - start + accounted))
 
     return cast(_Hook, timed)

@@ -23,7 +23,7 @@ from ntk_monitor.probe import Probe
 from ntk_monitor.probe_files import Manifest
 from ntk_monitor.recipe import Recipe
 from ntk_monitor.say import say
-from ntk_monitor.schedule import Tier
+from ntk_monitor.schedule import Schedule, Tier
 from ntk_monitor.settings import kept
 from ntk_monitor.snapshot import Snapshot
 
@@ -106,6 +106,15 @@ class Session:
         try:
             step(*arguments)
             schedule.pay(time.perf_counter() - start)
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            self.rest(said(error, kind=True))
+
+    def charge(self, schedule: Schedule, seconds: float) -> None:
+        """Let the budget bear the seconds of a hook; if it fails at that, the monitor rests."""
+        try:
+            schedule.pay(seconds)
         except Exception as error:
             if self.recipe.strict:
                 raise

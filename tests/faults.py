@@ -33,6 +33,7 @@ DOORS = (
     "ntk_monitor.session.Session.__init__",
     "ntk_monitor.session.Session._contained",
     "ntk_monitor.session.Session._paid",
+    "ntk_monitor.session.Session.charge",
     "ntk_monitor.session.Session.close",
     "ntk_monitor.session.Session.due",
     "ntk_monitor.session.Session.ending",

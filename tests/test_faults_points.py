@@ -201,6 +201,16 @@ def test_faults_all_over_a_probe(number: int, tmp_path: Path, plain: Plain) -> N
     _survives(tmp_path, way, fault, plain)
 
 
+def test_the_budget_may_fail_at_any_of_its_payments(tmp_path: Path, plain: Plain) -> None:
+    """Hooks pay for themselves at their end, outside of what guards their steps."""
+    name = "ntk_monitor.schedule.Schedule.pay"
+    fired = [
+        _survives(tmp_path / str(first), 0, Fault(name, ERRORS[0], first=first), plain)
+        for first in range(1, plain.calls[0][name] + 1, 2)
+    ]
+    assert sum(fired) > 5
+
+
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
