@@ -11,7 +11,7 @@ _Hook = TypeVar("_Hook", bound=Callable[..., None])
 def clocked(hook: _Hook) -> _Hook:
     """Decorate a hook that is called at every step: what its own parts have not accounted for is paid at its end.
 
-    The callback has an attribute `monitor`, a Monitor or None, and a Session.
+    The callback has an attribute `monitor`, a Monitor or None, and `_session`, its Session.
     """
 
     @wraps(hook)

@@ -113,12 +113,8 @@ class Session:
 
     def charge(self, schedule: Schedule, seconds: float) -> None:
         """Let the budget bear the seconds of a hook; if it fails at that, the monitor rests."""
-        try:
+        with self._contained():
             schedule.pay(seconds)
-        except Exception as error:
-            if self.recipe.strict:
-                raise
-            self.rest(said(error, kind=True))
 
     def rest(self, reason: str) -> None:
         """Measure nothing more in this run, and say why. Raises nothing, and frees what the monitor holds."""

@@ -466,7 +466,7 @@ def test_a_full_kernel_holds_the_jacobian_of_early_convolutions_and_the_gradient
     network = Network(model)
     side = recorded(network, x)
     units = units_of(network, [side], str, weighted=False)
-    formed = {unit.parameter for unit in held.early(units, side, network, torch.float64)}
+    formed = {unit.parameter for unit in held.parted(units, side, network, torch.float64)[0]}
     assert formed == {"0.weight", "0.bias"}
     rows, results = sum(p.numel() for p in early.parameters()), 64 * 16 + 5
     one = 4 * 32 * 32 + results

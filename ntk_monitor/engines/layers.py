@@ -13,7 +13,7 @@ from torch import Tensor
 from ntk_monitor.engines.structured import engine as structured
 from ntk_monitor.engines.structured.contraction import _HALVED
 from ntk_monitor.engines.structured.costs import BLOCK_BYTES, Sizes, gradients_seconds, pairs_seconds, rates, route
-from ntk_monitor.engines.structured.held import early, needed, small
+from ntk_monitor.engines.structured.held import needed, of_one_output, parted, small
 from ntk_monitor.engines.structured.operations import Contraction, Local, Matrix, Table, Value
 from ntk_monitor.engines.structured.recording import Side
 from ntk_monitor.engines.structured.samples import Axis
@@ -52,8 +52,8 @@ class Layers:
         """Times that all parameters are contracted."""
         self._width = seen.outputs // self.steps
         separate = self._full and not small(side)
-        self._early = early(self.units, side, seen.network, seen.work) if separate else []
-        self._results = sum(math.prod(out.shape) for o in side.operations for out in o.outs) * self._item
+        self._early = parted(self.units, side, seen.network, seen.work)[0] if separate else []
+        self._results = of_one_output(side)
 
     def needed(self) -> int:
         """Return the bytes of gradients that are held at a time, for the samples that were recorded."""
@@ -117,7 +117,7 @@ class Layers:
         sizes = Sizes(n, m, c, t, t, q, r, seen.outputs)
         way = "gradients" if by_output else route(sizes, seen.layout, seen.work, symmetric)
         patches = sum(n * self._positions(o) * q * self._item for o, _ in uses if _unfolds(o))
-        if way == "gradients" and operation.shifts and (full > by_output or patches > structured._KEPT_BYTES):
+        if way == "gradients" and operation.shifts and ((full and not by_output) or patches > structured._KEPT_BYTES):
             patches = 0  # taken as shifted views
         # One output's gradients are multiplied as they are, and their products are put behind those of the others.
         turned = n * c * (q if by_output else t) * r * self._item

@@ -36,8 +36,6 @@ class Watched:
     meter: Meter
     metered: int
     """Samples in what the meter saw."""
-    needed: int
-    """Bytes of the gradients of all operations, for one output of all samples; known with `side` only."""
     side: Side | None
     """What the structured engine sees, samples located; None where it refuses."""
     refusal: str
@@ -77,7 +75,6 @@ def watched(network: Network, inputs: Batch, layout: Layout, work: torch.dtype, 
         clock=Clock(speeds(network.device), network.dtype),
         meter=look.meter,
         metered=look.metered,
-        needed=look.needed,
         side=side,
         refusal=refusal,
         problem=problem,
@@ -93,7 +90,6 @@ class _Look:
         self._network, self._inputs, self._limit = network, inputs, limit
         self.meter = Meter(network.parameters)
         self.metered = size(inputs)
-        self.needed = 0
 
     def followed(self) -> tuple[Side | None, str]:
         """Return what the structured engine sees, with the samples located, or None and why it refuses."""
@@ -111,9 +107,8 @@ class _Look:
         with self.meter:
             side = recorded(self._network, self._inputs)
         self.y = side.y
-        self.needed = of_one_output(side)
         step = n
-        while 2 * self.needed * step > self._limit * n and step > 1:
+        while 2 * of_one_output(side) * step > self._limit * n and step > 1:
             step = -(-step // 2)
         if step == n:
             return self._located(self._inputs, side)

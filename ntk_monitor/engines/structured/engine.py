@@ -14,7 +14,7 @@ from torch import Tensor
 from ntk_monitor.batch import Batch, size
 from ntk_monitor.engines.contract import Layout
 from ntk_monitor.engines.structured.contraction import INNER, Factors, Gram, contract, jacobian
-from ntk_monitor.engines.structured.held import early, late, needed, small
+from ntk_monitor.engines.structured.held import needed, parted, places, small
 from ntk_monitor.engines.structured.operations import Matrix, Table, scattered
 from ntk_monitor.engines.structured.recording import (
     Gradients,
@@ -119,8 +119,8 @@ class _Job:
         self._waiting: dict[Any, Waiting] = {}
         self._keeps: dict[int, bool] = {}
         self._promised: dict[int, int] = {}
-        self._again = layout != "full"
-        """Whether inputs are asked for output by output."""
+        self._repeated: set[int] = set() if layout == "full" else set(range(len(sides[0].operations)))
+        """Operations whose inputs are asked for output by output."""
 
     def run(self) -> tuple[dict[str, Tensor], list[Line]]:
         units = units_of(self._network, self._sides, self._group, weighted=bool(self._scale))
@@ -142,17 +142,15 @@ class _Job:
 
     def _full(self, units: list[Unit]) -> None:
         """Add the units whose every output meets every other: what is smaller is held until all outputs are there."""
-        formed = early(units, self._sides[0], self._network, self._work)
-        others, places = late(units, formed)
+        formed, others = parted(units, self._sides[0], self._network, self._work)
+        self._repeated, held = places(formed), places(others)
         rows: dict[int, list[Tensor | None]] = {k: [None] * len(self._sides) for k in range(len(formed))}
-        stacks = [Stack(side, self._outputs, places) for side in self._sides]
+        stacks = [Stack(side, self._outputs, held) for side in self._sides]
         for c in range(self._outputs):
             for s, (side, stack) in enumerate(zip(self._sides, stacks, strict=True)):
                 found = single(side, c)
-                self._again = True
                 for k, unit in enumerate(formed):
                     rows[k][s] = self._formed(side, found, unit, c, rows[k][s])
-                self._again = False
                 stack.add(found, c)
         everything = range(self._outputs)
         for k, unit in enumerate(formed):
@@ -260,7 +258,7 @@ class _Job:
             self._routes[unit.bias] = way
 
     def _finish(self) -> None:
-        """Contract what waited for the gradients of all outputs."""
+        """Contract what still waits for the gradients of further outputs."""
         for waiting in self._waiting.values():
             if waiting.held:
                 self._contract(waiting.unit, *waiting.taken())
@@ -323,7 +321,7 @@ class _Job:
     def _room(self, side: Side, k: int, wanted: int) -> bool:
         """True when inputs of so many bytes are kept already, or may be."""
         if k not in self._keeps:
-            self._keeps[k] = self._again and sum(self._promised.values()) + wanted <= _KEPT_BYTES
+            self._keeps[k] = k in self._repeated and sum(self._promised.values()) + wanted <= _KEPT_BYTES
             self._promised[k] = wanted if self._keeps[k] else 0
         return self._keeps[k]
 

@@ -21,18 +21,21 @@ STACKED_BYTES = 2**20
 """Gradients of all outputs are treated together below this size."""
 
 
-def early(units: Sequence[Unit], side: Side, network: Network, work: torch.dtype) -> list[Unit]:
-    """Return the units whose per-sample gradients are formed output by output and held."""
-    lean = [unit for unit in units if _lean(unit, side, network, work)]
-    kept = _places([unit for unit in units if unit not in lean])
-    # What is held for another unit anyway can as well serve this one, in fewer calls.
-    return [unit for unit in lean if not {k for k, _ in unit.uses} <= kept]
+def parted(units: Sequence[Unit], side: Side, network: Network, work: torch.dtype) -> tuple[list[Unit], list[Unit]]:
+    """Return the units whose per-sample gradients are formed output by output and held, and the others."""
+    lean = [_lean(unit, side, network, work) for unit in units]
+    kept = places([unit for unit, few in zip(units, lean, strict=True) if not few])
+    formed: list[Unit] = []
+    others: list[Unit] = []
+    for unit, few in zip(units, lean, strict=True):
+        # What is held for another unit anyway can as well serve this one, in fewer calls.
+        (formed if few and not places([unit]) <= kept else others).append(unit)
+    return formed, others
 
 
-def late(units: Sequence[Unit], formed: Sequence[Unit]) -> tuple[list[Unit], set[int]]:
-    """Return the other units, and the operations whose gradients have to be held for them."""
-    rest = [unit for unit in units if unit not in formed]
-    return rest, _places(rest)
+def places(units: Sequence[Unit]) -> set[int]:
+    """Return the operations that units enter."""
+    return {k for unit in units for k, _ in unit.uses}
 
 
 def needed(side: Side, layout: Layout, units: Sequence[Unit], network: Network, work: torch.dtype) -> int:
@@ -40,12 +43,12 @@ def needed(side: Side, layout: Layout, units: Sequence[Unit], network: Network, 
     one = of_one_output(side)
     if layout != "full":
         return 2 * one
-    formed = early(units, side, network, work)
-    _, kept = late(units, formed)
+    formed, others = parted(units, side, network, work)
     samples, outputs = side.y.shape
     rows = samples * sum(_width(unit, side, network) for unit in formed)
-    elements = rows + sum(_results(side, k) for k in kept)
-    return one + outputs * elements * side.y.element_size()
+    elements = rows + sum(_results(side, k) for k in places(others))
+    # The sample map compares the gradients of two passes before anything is held.
+    return max(2 * one, one + outputs * elements * side.y.element_size())
 
 
 def of_one_output(side: Side) -> int:
@@ -61,7 +64,7 @@ def small(side: Side) -> bool:
 def _lean(unit: Unit, side: Side, network: Network, work: torch.dtype) -> bool:
     if unit.kind == "table" or unit.bias is not None or not unit.uses:
         return False
-    results = sum(_results(side, k) for k in _places([unit]))
+    results = sum(_results(side, k) for k in places([unit]))
     if len(side.y) * _width(unit, side, network) >= results:
         return False
     return unit.kind != "factors" or _by_rows(unit, side, results, work)
@@ -87,7 +90,3 @@ def _width(unit: Unit, side: Side, network: Network) -> int:
 
 def _results(side: Side, k: int) -> int:
     return sum(math.prod(out.shape) for out in side.operations[k].outs)
-
-
-def _places(units: Sequence[Unit]) -> set[int]:
-    return {k for unit in units for k, _ in unit.uses}
